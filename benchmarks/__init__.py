@@ -1,0 +1,1 @@
+"""Measurements: each script prints its command, the hardware and its figures."""

@@ -1,0 +1,1 @@
+"""Data sets: COCO-format folders and generated scenes."""

@@ -1,0 +1,1 @@
+"""What every training loop needs: checkpoints, stages with manifests, progress."""
