@@ -1,0 +1,119 @@
+"""A folder ``images/`` beside an ``instances.json`` in COCO format: the one data format of all stages.
+
+Boxes and masks are read for evaluation, for the fully-supervised bound and for the class-agnostic SAM. The weakly-supervised
+stages read ``ImageRecord.tags`` and nothing else.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from weaksam_rt.boxes import box_xyxy_from_xywh
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRecord:
+    """One image of a data set with what is known about it."""
+
+    image_id: int
+    path: Path
+    image_size: tuple[int, int]
+    """(height, width) in pixels."""
+    boxes: NDArray[np.float32]
+    """[n, 4], XYXY, pixels."""
+    labels: NDArray[np.int64]
+    """[n], 0-based positions in ``CocoFolder.class_names``."""
+    is_crowd: NDArray[np.bool_]
+    """[n]; crowd regions are never positives and never false positives."""
+    segmentations: tuple[Any, ...]
+    """COCO polygons or RLE, one per instance, or empty where the set has no masks."""
+
+    @property
+    def tags(self) -> tuple[int, ...]:
+        """The 0-based classes present, ascending: all that the weakly-supervised stages may see."""
+        return tuple(int(label) for label in np.unique(self.labels[~self.is_crowd]))
+
+    def image(self) -> NDArray[np.uint8]:
+        """The pixels, RGB uint8 [h, w, 3]."""
+        with Image.open(self.path) as image:
+            return np.array(image.convert("RGB"))
+
+    def masks(self) -> NDArray[np.bool_]:
+        """The instance masks, [n, h, w]; raises ``ValueError`` where the set has none."""
+        if len(self.segmentations) != len(self.boxes):
+            raise ValueError(f"{self.path.name} has boxes but no masks; choose a data set with masks")
+        height, width = self.image_size
+        decoded = [_decode(segmentation, height, width) for segmentation in self.segmentations]
+        return np.stack(decoded) if decoded else np.zeros((0, height, width), dtype=bool)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CocoFolder:
+    """All records of one folder."""
+
+    root: Path
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    """The file's own category id of each 0-based class."""
+    records: tuple[ImageRecord, ...]
+
+
+def load_coco_folder(root: Path, classes: tuple[str, ...] | None = None) -> CocoFolder:
+    """Read ``root/instances.json``; images stay on disk.
+
+    Args:
+        root: Folder with ``images/`` and ``instances.json``.
+        classes: Keep the instances of these classes only, labelled in this order. None keeps all, in id order.
+
+    Raises:
+        FileNotFoundError: There is no such folder or file.
+        ValueError: A class is not in the file.
+    """
+    content = json.loads((root / "instances.json").read_text())
+    ids = {c["name"]: c["id"] for c in sorted(content["categories"], key=lambda c: c["id"])}
+    names = tuple(ids) if classes is None else classes
+    if unknown := set(names) - set(ids):
+        raise ValueError(f"{root} has no class {sorted(unknown)}; it has {list(ids)}")
+    label_of_id = {ids[name]: label for label, name in enumerate(names)}
+    annotations = defaultdict(list)
+    for annotation in content["annotations"]:
+        if annotation["category_id"] in label_of_id:
+            annotations[annotation["image_id"]].append(annotation)
+    records = tuple(
+        _record(root, image, annotations[image["id"]], label_of_id) for image in content["images"]
+    )
+    return CocoFolder(
+        root=root, class_names=names, category_ids=tuple(ids[n] for n in names), records=records
+    )
+
+
+def _record(
+    root: Path, image: dict[str, Any], annotations: list[dict[str, Any]], label_of_id: dict[int, int]
+) -> ImageRecord:
+    labels = [label_of_id[a["category_id"]] for a in annotations]
+    return ImageRecord(
+        image_id=image["id"],
+        path=root / "images" / image["file_name"],
+        image_size=(image["height"], image["width"]),
+        boxes=box_xyxy_from_xywh(np.array([a["bbox"] for a in annotations], dtype=np.float32)),
+        labels=np.array(labels, dtype=np.int64),
+        is_crowd=np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool),
+        segmentations=tuple(a["segmentation"] for a in annotations if a.get("segmentation")),
+    )
+
+
+def _decode(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
+    if isinstance(segmentation, list):
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        rle = coco_mask.frPyObjects(segmentation, height, width)
+    else:
+        rle = segmentation
+    return coco_mask.decode(rle).astype(bool)
