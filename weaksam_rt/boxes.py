@@ -1,8 +1,11 @@
 """Boxes: conversion, overlap, suppression. NumPy only; nothing here knows images or models.
 
-``boxes`` are XYXY, float32, continuous pixel coordinates of the original image: a box around the single pixel (0, 0)
+``boxes`` are XYXY, float32, continuous pixel coordinates of the original image: a box around the
+single pixel (0, 0)
 is (0, 0, 1, 1). Where another convention is meant, the name says so.
 """
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,13 +14,13 @@ Boxes = NDArray[np.float32]
 """float32 [n, 4], XYXY."""
 
 
-def box_xyxy_from_xywh(boxes_xywh: NDArray[np.floating]) -> Boxes:
+def box_xyxy_from_xywh(boxes_xywh: NDArray[np.floating[Any]]) -> Boxes:
     """Corners from COCO's (x, y, width, height); an empty input of any shape gives [0, 4]."""
     xywh = np.asarray(boxes_xywh, dtype=np.float32).reshape(-1, 4)
     return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
 
-def box_xywh_from_xyxy(boxes: NDArray[np.floating]) -> NDArray[np.float32]:
+def box_xywh_from_xyxy(boxes: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
     """COCO's (x, y, width, height) from corners; an empty input of any shape gives [0, 4]."""
     xyxy = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
     return np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1)
@@ -43,25 +46,30 @@ def box_iou(boxes: Boxes, others: Boxes) -> NDArray[np.float32]:
 
 
 def box_containment(boxes: Boxes, others: Boxes) -> NDArray[np.float32]:
-    """The share of ``boxes[i]`` that lies inside ``others[j]``, in [0, 1], [n, m]; 0 for an empty box."""
+    """The share of ``boxes[i]`` that lies inside ``others[j]``, in [0, 1], [n, m]; 0 for an empty
+    box.
+    """
     intersection = box_intersection(boxes, others)
     area = np.broadcast_to(box_area(boxes)[:, None], intersection.shape)
     return np.divide(intersection, area, out=np.zeros_like(intersection), where=area > 0)
 
 
 def clip_boxes(boxes: Boxes, image_size: tuple[int, int]) -> Boxes:
-    """Boxes moved inside an image of ``image_size`` (height, width); what lies outside becomes empty."""
+    """Boxes moved inside an image of ``image_size`` (height, width); what lies outside becomes
+    empty.
+    """
     height, width = image_size
     return np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float32))
 
 
-def nms(boxes: Boxes, scores: NDArray[np.floating], iou_thresh: float) -> NDArray[np.int64]:
+def nms(boxes: Boxes, scores: NDArray[np.floating[Any]], iou_thresh: float) -> NDArray[np.int64]:
     """Greedy non-maximum suppression.
 
     Args:
         boxes: XYXY, any frame.
         scores: [n]; ties go to the lower index.
-        iou_thresh: In [0, 1]; a box is dropped when its IoU with a kept, better one is *above* this.
+        iou_thresh: In [0, 1]; a box is dropped when its IoU with a kept, better one is *above*
+            this.
 
     Returns:
         Indices of the kept boxes, best score first.
@@ -79,7 +87,10 @@ def nms(boxes: Boxes, scores: NDArray[np.floating], iou_thresh: float) -> NDArra
 
 
 def batched_nms(
-    boxes: Boxes, scores: NDArray[np.floating], labels: NDArray[np.integer], iou_thresh: float
+    boxes: Boxes,
+    scores: NDArray[np.floating[Any]],
+    labels: NDArray[np.integer[Any]],
+    iou_thresh: float,
 ) -> NDArray[np.int64]:
     """``nms`` within each label; indices of the kept boxes, best score first."""
     keep = [

@@ -10,7 +10,8 @@
     +-- InferenceTimeoutError   the deadline passed
     +-- InferenceError          the server refused or failed this request
 
-Bad arguments and configs raise ``ValueError``. ``ImageError`` is a ``ValueError`` too: the caller chose the bytes.
+Bad arguments and configs raise ``ValueError``. ``ImageError`` is a ``ValueError`` too: the caller
+chose the bytes.
 """
 
 
@@ -27,7 +28,9 @@ class ImageError(WeakSamError, ValueError):
 
 
 class ArtifactError(WeakSamError):
-    """A model file or its manifest cannot be trusted; the message says which and how to remake it."""
+    """A model file or its manifest cannot be trusted; the message says which and how to remake
+    it.
+    """
 
 
 class ServerUnavailableError(WeakSamError):

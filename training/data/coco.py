@@ -1,6 +1,8 @@
-"""A folder ``images/`` beside an ``instances.json`` in COCO format: the one data format of all stages.
+"""A folder ``images/`` beside an ``instances.json`` in COCO format: the one data format of all
+stages.
 
-Boxes and masks are read for evaluation, for the fully-supervised bound and for the class-agnostic SAM. The weakly-supervised
+Boxes and masks are read for evaluation, for the fully-supervised bound and for the class-agnostic
+SAM. The weakly-supervised
 stages read ``ImageRecord.tags`` and nothing else.
 """
 
@@ -48,7 +50,9 @@ class ImageRecord:
     def masks(self) -> NDArray[np.bool_]:
         """The instance masks, [n, h, w]; raises ``ValueError`` where the set has none."""
         if len(self.segmentations) != len(self.boxes):
-            raise ValueError(f"{self.path.name} has boxes but no masks; choose a data set with masks")
+            raise ValueError(
+                f"{self.path.name} has boxes but no masks; choose a data set with masks"
+            )
         height, width = self.image_size
         decoded = [_decode(segmentation, height, width) for segmentation in self.segmentations]
         return np.stack(decoded) if decoded else np.zeros((0, height, width), dtype=bool)
@@ -70,7 +74,8 @@ def load_coco_folder(root: Path, classes: tuple[str, ...] | None = None) -> Coco
 
     Args:
         root: Folder with ``images/`` and ``instances.json``.
-        classes: Keep the instances of these classes only, labelled in this order. None keeps all, in id order.
+        classes: Keep the instances of these classes only, labelled in this order. None keeps all,
+            in id order.
 
     Raises:
         FileNotFoundError: There is no such folder or file.
@@ -95,7 +100,10 @@ def load_coco_folder(root: Path, classes: tuple[str, ...] | None = None) -> Coco
 
 
 def _record(
-    root: Path, image: dict[str, Any], annotations: list[dict[str, Any]], label_of_id: dict[int, int]
+    root: Path,
+    image: dict[str, Any],
+    annotations: list[dict[str, Any]],
+    label_of_id: dict[int, int],
 ) -> ImageRecord:
     labels = [label_of_id[a["category_id"]] for a in annotations]
     return ImageRecord(
