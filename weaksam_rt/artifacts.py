@@ -1,4 +1,6 @@
-"""A model artifact: an engine file and the manifest beside it, checked before anything is opened."""
+"""A model artifact: an engine file and the manifest beside it, checked before anything is
+opened.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -54,7 +56,8 @@ def load_artifact(directory: Path) -> ModelArtifact:
     """Read a manifest and verify its engine file by hash, before anything deserialises it.
 
     Raises:
-        ArtifactError: Manifest or file is missing, damaged, foreign, or they do not belong together.
+        ArtifactError: Manifest or file is missing, damaged, foreign, or they do not belong
+            together.
     """
     manifest = directory / MANIFEST_NAME
     try:

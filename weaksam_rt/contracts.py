@@ -91,7 +91,9 @@ class ModelContract:
         return _named(self.outputs, name, f"{self.name} has no output")
 
     def check_inputs(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Raise ``ContractError`` for a missing, unknown or ill-formed input or too large a batch."""
+        """Raise ``ContractError`` for a missing, unknown or ill-formed input or too large a
+        batch.
+        """
         for name in arrays:
             self.input(name)
         for spec in self.inputs:

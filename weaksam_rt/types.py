@@ -1,6 +1,7 @@
 """The values that cross package borders: frozen, NumPy, checked once when they are made.
 
-All coordinates are pixels of the original image; boxes are XYXY, points (x, y), sizes (height, width).
+All coordinates are pixels of the original image; boxes are XYXY, points (x, y), sizes (height,
+width).
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ class PointPrompts:
     points: NDArray[np.float32]
     """[n, 2], (x, y)."""
     scores: NDArray[np.float32]
-    """[n], the normalised activation at the point in [0, 1]; 1 for grid points and cluster centres."""
+    """[n], the normalised activation at the point in [0, 1]; 1 for grid points and cluster
+    centres.
+    """
     class_ids: NDArray[np.int32]
     """[n], 0-based class or ``NO_CLASS``."""
     sources: NDArray[np.int32]

@@ -13,7 +13,9 @@ ModelFunction = Callable[[Arrays, Sequence[str] | None], dict[str, NDArray[Any]]
 
 
 class LocalBackend:
-    """An ``InferenceBackend`` over functions: ONNX Runtime sessions, torch modules, or a test's own."""
+    """An ``InferenceBackend`` over functions: ONNX Runtime sessions, torch modules, or a test's
+    own.
+    """
 
     def __init__(self, models: Mapping[str, ModelFunction]) -> None:
         """Serve ``models`` by name."""

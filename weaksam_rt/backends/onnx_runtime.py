@@ -22,7 +22,8 @@ class OnnxRuntimeModel:
             num_threads: Threads inside one operator; 0 lets ONNX Runtime take all cores.
 
         Raises:
-            ArtifactError: ONNX Runtime cannot open the file, or the graph differs from the contract.
+            ArtifactError: ONNX Runtime cannot open the file, or the graph differs from the
+                contract.
         """
         if artifact.engine != "onnxruntime":
             raise ArtifactError(f"{artifact.path} is for {artifact.engine}, not for onnxruntime")
@@ -41,7 +42,9 @@ class OnnxRuntimeModel:
     def __call__(
         self, inputs: Arrays, outputs: Sequence[str] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Run once; raises ``ContractError`` for ill-formed inputs, ``InferenceError`` for the rest."""
+        """Run once; raises ``ContractError`` for ill-formed inputs, ``InferenceError`` for the
+        rest.
+        """
         self.contract.check_inputs(inputs)
         names = [spec.name for spec in self.contract.outputs] if outputs is None else list(outputs)
         for name in names:
