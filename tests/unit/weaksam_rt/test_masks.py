@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+from segment_anything.modeling import Sam
+from segment_anything.utils import amg
+from torch import nn
+
+from weaksam_rt.boxes import box_iou
+from weaksam_rt.masks import (
+    boxes_from_logits,
+    decode_rle,
+    encode_rle,
+    image_logits,
+    low_res_stability,
+    mask_to_box,
+    stability_scores,
+)
+from weaksam_rt.preprocessing import longest_side_frame
+
+SIZES = [(480, 640), (640, 480), (333, 500), (100, 100)]
+
+
+def _blobs(rng, n, side):
+    ys, xs = np.mgrid[:side, :side]
+    cx, cy = rng.uniform(0.1, 0.6, (2, n, 1, 1)) * side
+    rx, ry = rng.uniform(0.05, 0.3, (2, n, 1, 1)) * side
+    distance = np.sqrt(((xs - cx) / rx) ** 2 + ((ys - cy) / ry) ** 2)
+    return (8 * (1 - distance)).astype(np.float32)
+
+
+@pytest.mark.parametrize("image_size", SIZES)
+def test_image_logits_equal_segment_anything(image_size):
+    logits = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    frame = longest_side_frame(image_size, 128)
+    encoder = nn.Module()
+    encoder.img_size = 128
+    sam = Sam(encoder, nn.Module(), nn.Module())
+    theirs = sam.postprocess_masks(torch.from_numpy(logits), frame.valid_size, image_size)
+    np.testing.assert_allclose(image_logits(logits, frame), theirs.numpy(), atol=2e-5)
+
+
+def test_boxes_and_stability_equal_segment_anything_up_to_the_box_convention():
+    logits = _blobs(np.random.default_rng(1), 6, 64)
+    logits[3] = -1
+    masks = logits > 0
+    theirs = amg.batched_mask_to_box(torch.from_numpy(masks)).numpy().astype(np.float32)
+    is_empty = ~masks.any(axis=(1, 2))
+    theirs[~is_empty, 2:] += 1  # theirs end on the last pixel, ours after it
+    np.testing.assert_array_equal(mask_to_box(masks), theirs)
+    stability = amg.calculate_stability_score(torch.from_numpy(logits[~is_empty]), 0.0, 1.0)
+    np.testing.assert_allclose(stability_scores(logits[~is_empty]), stability.numpy())
+    assert stability_scores(np.full((1, 4, 4), -9, np.float32)).tolist() == [0]
+
+
+@pytest.mark.parametrize("image_size", SIZES)
+def test_boxes_from_low_resolution_are_those_of_the_upsampled_masks(image_size):
+    frame = longest_side_frame(image_size, 256)
+    logits = _blobs(np.random.default_rng(2), 40, 128)
+    exact = mask_to_box(image_logits(logits, frame) > 0)
+    fast = boxes_from_logits(logits, frame)
+    is_seen = (exact[:, 2:] - exact[:, :2]).min(axis=1) > 16
+    assert np.diag(box_iou(fast[is_seen], exact[is_seen])).min() > 0.9
+    assert np.diag(box_iou(fast[is_seen], exact[is_seen])).mean() > 0.97
+    assert (fast[:, 2] <= image_size[1]).all()
+    assert (fast[:, 3] <= image_size[0]).all()
+
+
+def test_padding_is_not_part_of_any_mask():
+    frame = longest_side_frame((32, 64), 64)
+    only_in_padding = np.full((1, 32, 32), -1, np.float32)
+    only_in_padding[:, 20:, :] = 5
+    assert boxes_from_logits(only_in_padding, frame).tolist() == [[0, 0, 0, 0]]
+    assert low_res_stability(only_in_padding, frame).tolist() == [0]
+
+
+def test_run_lengths_decode_to_the_same_masks():
+    masks = _blobs(np.random.default_rng(3), 3, 40)[:, :30] > 0
+    np.testing.assert_array_equal(decode_rle(encode_rle(masks), (30, 40)), masks)
+    assert encode_rle(masks[:0]) == ()
+    assert decode_rle((), (3, 4)).shape == (0, 3, 4)

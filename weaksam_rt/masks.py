@@ -1,0 +1,151 @@
+"""Mask logits to masks, boxes, stability scores and COCO run-length encodings."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from weaksam_rt.preprocessing import ModelFrame, resize_matrix
+from weaksam_rt.types import ImageSize
+
+MASK_THRESHOLD = 0.0
+"""A pixel with a logit above this is inside."""
+STABILITY_OFFSET = 1.0
+
+
+def image_logits(low_res_logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.float32]:
+    """Mask logits at the original image's resolution.
+
+    SAM resizes to the model frame, crops the padding and resizes to the image. All three are
+    linear along each axis, so they are one matrix per axis.
+
+    Args:
+        low_res_logits: [..., m, m] over the model frame.
+        frame: Where the image lies in it.
+
+    Returns:
+        float32 [..., h, w].
+    """
+    side = low_res_logits.shape[-1]
+    height, width = frame.valid_size
+    to_frame = resize_matrix(frame.model_size, side)
+    rows = resize_matrix(frame.image_size[0], height) @ to_frame[:height]
+    columns = resize_matrix(frame.image_size[1], width) @ to_frame[:width]
+    return rows @ low_res_logits @ columns.T
+
+
+def mask_to_box(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The tight box around each mask of [..., h, w], [..., 4]; an empty mask gives zeros.
+
+    Boxes end after the last pixel: one pixel at (0, 0) gives (0, 0, 1, 1). ``segment_anything``'s
+    ``batched_mask_to_box`` ends on it: (0, 0, 0, 0).
+    """
+    left, right = _first_and_last(masks.any(axis=-2))
+    top, bottom = _first_and_last(masks.any(axis=-1))
+    boxes = np.stack([left, top, right + 1, bottom + 1], axis=-1).astype(np.float32)
+    return np.where(masks.any(axis=(-2, -1))[..., None], boxes, np.float32(0))
+
+
+def boxes_from_logits(
+    low_res_logits: NDArray[np.float32], frame: ModelFrame
+) -> NDArray[np.float32]:
+    """The box around each mask straight from low-resolution logits, without making the mask.
+
+    The edges lie where the row and column maxima of the logits, interpolated linearly between pixel
+    centres, cross the threshold: to a fraction of a low-resolution pixel the box of the upsampled
+    mask, at a small part of its cost.
+
+    Args:
+        low_res_logits: [n, m, m] over the model frame.
+        frame: Where the image lies in it; padding is ignored.
+
+    Returns:
+        XYXY in pixels of the original image, [n, 4]; zeros for an empty mask.
+    """
+    valid = _crop_to_valid(low_res_logits, frame)
+    stride = frame.model_size / low_res_logits.shape[-1]
+    left, right = _crossings(valid.max(axis=-2))
+    top, bottom = _crossings(valid.max(axis=-1))
+    boxes = np.stack([left, top, right, bottom], axis=-1) * stride
+    height, width = frame.valid_size
+    clipped = boxes.clip(0, [width, height, width, height])
+    is_empty = valid.max(axis=(-2, -1)) <= MASK_THRESHOLD
+    return np.where(is_empty[:, None], np.float32(0), frame.to_image(clipped))
+
+
+def stability_scores(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """IoU between the masks above ``+STABILITY_OFFSET`` and above ``-STABILITY_OFFSET``.
+
+    Args:
+        logits: [..., h, w], of the valid region only.
+
+    Returns:
+        [...], in [0, 1]; 0 where both masks are empty.
+
+    Source:
+        ``segment_anything.utils.amg.calculate_stability_score``.
+    """
+    inner = np.count_nonzero(logits > MASK_THRESHOLD + STABILITY_OFFSET, axis=(-2, -1))
+    outer = np.count_nonzero(logits > MASK_THRESHOLD - STABILITY_OFFSET, axis=(-2, -1))
+    return (inner / np.maximum(outer, 1)).astype(np.float32)
+
+
+def low_res_stability(
+    low_res_logits: NDArray[np.float32], frame: ModelFrame
+) -> NDArray[np.float32]:
+    """``stability_scores`` of [..., m, m] over the model frame, padding left out."""
+    return stability_scores(_crop_to_valid(low_res_logits, frame))
+
+
+def encode_rle(masks: NDArray[np.bool_]) -> tuple[bytes, ...]:
+    """COCO's compressed run-length ``counts`` of each mask of [n, h, w]."""
+    if len(masks) == 0:
+        return ()
+    column_major = np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8)
+    return tuple(rle["counts"] for rle in coco_mask.encode(column_major))
+
+
+def decode_rle(counts: Sequence[bytes], image_size: ImageSize) -> NDArray[np.bool_]:
+    """Masks [n, h, w] from COCO's compressed ``counts``."""
+    if len(counts) == 0:
+        return np.zeros((0, *image_size), dtype=bool)
+    rles = [{"counts": c, "size": list(image_size)} for c in counts]
+    return coco_mask.decode(rles).transpose(2, 0, 1).astype(bool)
+
+
+def _crop_to_valid(low_res_logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.float32]:
+    side = low_res_logits.shape[-1]
+    height, width = (max(1, -(-v * side // frame.model_size)) for v in frame.valid_size)
+    return low_res_logits[..., :height, :width]
+
+
+def _first_and_last(is_inside: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    last = is_inside.shape[-1] - 1 - is_inside[..., ::-1].argmax(axis=-1)
+    return is_inside.argmax(axis=-1), last
+
+
+def _crossings(
+    profile: NDArray[np.float32],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where each profile of [n, m] first rises above and last falls below the threshold, in cells.
+
+    Cell i spans [i, i + 1]; values sit at the centres. A profile that is inside at the border
+    starts or ends there.
+    """
+    first, last = _first_and_last(profile > MASK_THRESHOLD)
+    return _edge(profile, first, -1), _edge(profile, last, +1)
+
+
+def _edge(
+    profile: NDArray[np.float32], inside: NDArray[np.int64], step: int
+) -> NDArray[np.float64]:
+    rows, size = np.arange(len(profile)), profile.shape[1]
+    outside = inside + step
+    is_border = (outside < 0) | (outside >= size)
+    value_in = profile[rows, inside] - MASK_THRESHOLD
+    value_out = profile[rows, outside.clip(0, size - 1)] - MASK_THRESHOLD
+    drop = np.where(is_border, 1, np.maximum(value_in - value_out, 1e-12))
+    share = np.clip(value_in / drop, 0, 1)
+    border = inside + (0 if step < 0 else 1)
+    return np.where(is_border, border, inside + 0.5 + step * share)

@@ -1,0 +1,517 @@
+"""The way of an image through the models; no I/O, no server, the same code in training and
+serving.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weaksam_rt.backends.base import InferenceBackend
+from weaksam_rt.boxes import batched_nms, clip_boxes
+from weaksam_rt.config import PipelineConfig
+from weaksam_rt.contracts import (
+    DETECTOR,
+    NUM_MASK_TOKENS,
+    PROMPT_CLUSTERING,
+    SAM_IMAGE_ENCODER,
+    SAM_MASK_DECODER,
+    VIT_CLASSIFIER,
+    DetectorParameters,
+    SamParameters,
+    VitClassifierParameters,
+    parameters_from_json,
+)
+from weaksam_rt.errors import ContractError
+from weaksam_rt.masks import (
+    MASK_THRESHOLD,
+    boxes_from_logits,
+    encode_rle,
+    image_logits,
+    low_res_stability,
+    mask_to_box,
+    stability_scores,
+)
+from weaksam_rt.preprocessing import ModelFrame, resize_longest_side, resize_to_square
+from weaksam_rt.prompts import (
+    SamPrompt,
+    box_prompt,
+    class_prompts,
+    grid_prompts,
+    pack_prompts,
+    point_prompt,
+    sam_prompts,
+)
+from weaksam_rt.proposals import PromptedBoxes, select_proposals
+from weaksam_rt.types import (
+    Detections,
+    ImageSize,
+    InstanceMasks,
+    PointPrompts,
+    PromptSource,
+    Proposals,
+)
+
+_T = TypeVar("_T")
+_SINGLE_MASK = slice(0, 1)
+_MULTIMASK = slice(1, NUM_MASK_TOKENS)
+_WHOLE_MASKS = slice(2, NUM_MASK_TOKENS)
+"""Peak prompts drop the first of the three multimasks: it is the smallest part."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineModels:
+    """Sizes and class names of the models at hand; None: not served."""
+
+    detector: DetectorParameters | None = None
+    vit_classifier: VitClassifierParameters | None = None
+    sam: SamParameters | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "PipelineModels":
+        """Read back what ``to_json`` wrote; raises ``ContractError`` for anything else."""
+        models = {"detector": DETECTOR, "vit_classifier": VIT_CLASSIFIER, "sam": SAM_IMAGE_ENCODER}
+        if unknown := set(content) - set(models):
+            raise ContractError(f"unknown models {sorted(unknown)}; known: {sorted(models)}")
+        parsed: dict[str, Any] = {
+            key: parameters_from_json(models[key], value)
+            for key, value in content.items()
+            if value is not None
+        }
+        return PipelineModels(**parsed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProposalResult:
+    """Proposals of one image and the tags that steered them."""
+
+    proposals: Proposals
+    used_tags: tuple[str, ...]
+    prompts: PointPrompts
+    """All points that SAM was prompted with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentResult:
+    """SAM's masks of p prompts, m for each: three with ``multimask``, else one."""
+
+    mask_counts: tuple[tuple[bytes, ...], ...]
+    """[p][m], COCO run-length counts."""
+    boxes: NDArray[np.float32]
+    """[p, m, 4], around each mask; zeros for an empty one."""
+    scores: NDArray[np.float32]
+    """[p, m], SAM's predicted IoU."""
+    stability_scores: NDArray[np.float32]
+    """[p, m]."""
+    image_size: ImageSize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Embedded:
+    """An image that SAM has encoded."""
+
+    embedding: NDArray[np.float32]
+    """[1, d, h, w]."""
+    frame: ModelFrame
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Decoded:
+    """One decoder call's answer for some prompts of one image."""
+
+    positions: NDArray[np.int64]
+    """[p], which prompts."""
+    logits: NDArray[np.float32]
+    """[p, 4, m, m]."""
+    iou_predictions: NDArray[np.float32]
+    """[p, 4]."""
+
+
+class WeakSamPipeline:
+    """Detection, proposals and segmentation of one image, over any backend."""
+
+    def __init__(
+        self, backend: InferenceBackend, models: PipelineModels, config: PipelineConfig
+    ) -> None:
+        """Wire the parts; nothing is loaded here."""
+        self._backend = backend
+        self._models = models
+        self._config = config
+
+    async def detect(
+        self,
+        image: NDArray[np.uint8],
+        *,
+        score_thresh: float | None = None,
+        max_detections: int | None = None,
+        with_masks: bool = False,
+    ) -> Detections:
+        """Boxes and, if asked for, masks of one image.
+
+        Args:
+            image: RGB uint8 [h, w, 3].
+            score_thresh: Lowest score to return, in [0, 1]; None: the configured one.
+            max_detections: Most detections to return; None: the configured number.
+            with_masks: Prompt SAM with every box.
+
+        Raises:
+            ValueError: An argument is out of its range.
+            ContractError: The models needed are not at hand.
+        """
+        config = self._config.detection
+        thresh = config.score_thresh if score_thresh is None else score_thresh
+        limit = config.max_detections if max_detections is None else max_detections
+        if not 0 <= thresh <= 1:
+            raise ValueError(f"score_thresh must be in [0, 1], got {thresh}")
+        if limit < 1:
+            raise ValueError(f"max_detections must be at least 1, got {limit}")
+        detector = self._detector()
+        if with_masks:
+            self._sam()
+        pixels, frame = resize_longest_side(image, detector.image_size)
+        answer = await self._backend.infer(DETECTOR, {"image": pixels[None]})
+        detections = select_detections(
+            answer["boxes"][0], answer["scores"][0], answer["labels"][0], frame,
+            score_thresh=thresh, nms_thresh=config.nms_thresh, max_detections=limit,
+        )  # fmt: skip
+        return await self._with_masks(image, detections) if with_masks else detections
+
+    async def propose(
+        self, image: NDArray[np.uint8], tags: Sequence[str] | None = None
+    ) -> ProposalResult:
+        """Class-agnostic proposals of one image.
+
+        Args:
+            image: RGB uint8 [h, w, 3].
+            tags: Names of the classes in the image; None: those that the classifier sees. A
+                classifier that sees none leaves the grid prompts alone.
+
+        Raises:
+            ValueError: ``tags`` is empty or names an unknown class.
+        """
+        classifier = self._classifier()
+        image_size = (image.shape[0], image.shape[1])
+        class_ids = None if tags is None else _class_ids(tags, classifier.class_names)
+        embedded, (used_ids, peaks) = await asyncio.gather(
+            self._embed(image), self._peak_prompts(image, class_ids)
+        )
+        grid = grid_prompts(self._config.proposals.points_per_side, image_size)
+        prompts = PointPrompts.concatenate([grid, peaks])
+        prompted = await self._prompted_boxes(embedded, prompts)
+        return ProposalResult(
+            proposals=select_proposals(prompted, image_size, self._config.proposals),
+            used_tags=tuple(classifier.class_names[c] for c in used_ids),
+            prompts=prompts,
+        )
+
+    async def segment(
+        self,
+        image: NDArray[np.uint8],
+        *,
+        point_coords: NDArray[np.float32] | None = None,
+        point_labels: NDArray[np.int32] | None = None,
+        boxes: NDArray[np.float32] | None = None,
+        multimask: bool = False,
+    ) -> SegmentResult:
+        """Masks for p prompts: points, a box, or both.
+
+        Args:
+            image: RGB uint8 [h, w, 3].
+            point_coords: [p, k, 2], (x, y) in pixels of the image.
+            point_labels: [p, k], 1 object, 0 background, -1 to leave a point out.
+            boxes: [p, 4], XYXY in pixels of the image.
+            multimask: Three masks for each prompt instead of one.
+
+        Raises:
+            ValueError: No prompt, or the arrays do not belong together.
+        """
+        prompts = _segment_prompts(point_coords, point_labels, boxes)
+        embedded = await self._embed(image)
+        chosen = _MULTIMASK if multimask else _SINGLE_MASK
+        return await self._full_masks(embedded, prompts, chosen)
+
+    # -- detector ------------------------------------------------------------------------------
+
+    async def _with_masks(self, image: NDArray[np.uint8], detections: Detections) -> Detections:
+        prompts = [box_prompt(box) for box in detections.boxes]
+        embedded = await self._embed(image) if prompts else None
+        counts: tuple[bytes, ...] = ()
+        if embedded is not None:
+            result = await self._full_masks(embedded, prompts, _SINGLE_MASK)
+            counts = tuple(prompt_counts[0] for prompt_counts in result.mask_counts)
+        return Detections(
+            boxes=detections.boxes,
+            scores=detections.scores,
+            labels=detections.labels,
+            image_size=detections.image_size,
+            masks=InstanceMasks(rle_counts=counts, image_size=detections.image_size),
+        )
+
+    # -- prompts -------------------------------------------------------------------------------
+
+    async def _peak_prompts(
+        self, image: NDArray[np.uint8], class_ids: Sequence[int] | None
+    ) -> tuple[Sequence[int], PointPrompts]:
+        pixels = resize_to_square(image, self._classifier().image_size)[None]
+        if self._config.flip:
+            pixels = np.concatenate([pixels, pixels[:, :, ::-1]])
+        answer = await self._backend.infer(VIT_CLASSIFIER, {"image": pixels})
+        if class_ids is None:
+            is_present = answer["logits"][0] > self._config.present_logit_thresh
+            class_ids = [int(c) for c in np.flatnonzero(is_present)]
+        if not class_ids:
+            return class_ids, PointPrompts.concatenate([])
+        maps = {
+            name: np.ascontiguousarray(sum_over_flip(answer[name]).take(class_ids, axis=-3))
+            for name in ("coarse_maps", "fine_maps", "cross_maps")
+        }
+        clustered = await self._backend.infer(
+            PROMPT_CLUSTERING,
+            {
+                **maps,
+                "class_ids": np.array(class_ids, np.int32),
+                "image_size": np.array(image.shape[:2], np.int32),
+            },
+        )
+        return class_ids, PointPrompts(
+            points=clustered["points"],
+            scores=clustered["scores"],
+            class_ids=clustered["class_ids"],
+            sources=clustered["sources"],
+        )
+
+    # -- SAM -----------------------------------------------------------------------------------
+
+    async def _embed(self, image: NDArray[np.uint8]) -> _Embedded:
+        pixels, frame = resize_longest_side(image, self._sam().image_size)
+        answer = await self._backend.infer(
+            SAM_IMAGE_ENCODER,
+            {"image": pixels[None], "valid_size": np.array([frame.valid_size], np.int32)},
+        )
+        return _Embedded(embedding=answer["image_embeddings"], frame=frame)
+
+    async def _decode(self, embedded: _Embedded, prompts: Sequence[SamPrompt]) -> list[_Decoded]:
+        limit = self._config.proposals.max_prompts_per_call
+        packs = list(pack_prompts([prompts], [embedded.frame], max_prompts=limit))
+        answers = []
+        for pack in packs:  # one at a time: each call already fills the machine
+            answer = await self._backend.infer(
+                SAM_MASK_DECODER,
+                {
+                    "image_embeddings": embedded.embedding,
+                    "image_index": pack.image_index,
+                    "point_coords": pack.point_coords,
+                    "point_labels": pack.point_labels,
+                },
+            )
+            answers.append(
+                _Decoded(
+                    positions=pack.positions,
+                    logits=answer["low_res_logits"],
+                    iou_predictions=answer["iou_predictions"],
+                )
+            )
+        return answers
+
+    async def _prompted_boxes(self, embedded: _Embedded, prompts: PointPrompts) -> PromptedBoxes:
+        """Boxes of all masks that count as proposals: three a grid point, two a peak."""
+        singles = sam_prompts(prompts)
+        sources = [int(s) for s in prompts.sources]
+        for source in (PromptSource.COARSE, PromptSource.FINE):
+            together = class_prompts(_of_source(prompts, source))
+            singles += together
+            sources += [int(source)] * len(together)
+        parts = [
+            _boxes_of_call(decoded, np.array(sources, np.int32), embedded.frame)
+            for decoded in await self._decode(embedded, singles)
+        ]
+        return _in_prompt_order(parts)
+
+    async def _full_masks(
+        self, embedded: _Embedded, prompts: Sequence[SamPrompt], chosen: slice
+    ) -> SegmentResult:
+        num_masks = len(range(*chosen.indices(NUM_MASK_TOKENS)))
+        shape = (len(prompts), num_masks)
+        boxes, scores = np.zeros((*shape, 4), np.float32), np.zeros(shape, np.float32)
+        stability = np.zeros(shape, np.float32)
+        counts: list[tuple[bytes, ...]] = [()] * len(prompts)
+        for decoded in await self._decode(embedded, prompts):
+            for i, position in enumerate(decoded.positions):
+                # One prompt at a time: full-resolution logits of many prompts would not fit.
+                logits = image_logits(decoded.logits[i, chosen], embedded.frame)
+                masks = logits > MASK_THRESHOLD
+                counts[position] = encode_rle(masks)
+                boxes[position] = mask_to_box(masks)
+                stability[position] = stability_scores(logits)
+            scores[decoded.positions] = decoded.iou_predictions[:, chosen]
+        return SegmentResult(
+            mask_counts=tuple(counts),
+            boxes=boxes,
+            scores=scores,
+            stability_scores=stability,
+            image_size=embedded.frame.image_size,
+        )
+
+    # -- models at hand ------------------------------------------------------------------------
+
+    def _detector(self) -> DetectorParameters:
+        return _require(self._models.detector, "a detector")
+
+    def _classifier(self) -> VitClassifierParameters:
+        return _require(self._models.vit_classifier, "a vit_classifier")
+
+    def _sam(self) -> SamParameters:
+        return _require(self._models.sam, "SAM (sam_image_encoder and sam_mask_decoder)")
+
+
+def select_detections(
+    boxes: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    labels: NDArray[np.int32],
+    frame: ModelFrame,
+    *,
+    score_thresh: float,
+    nms_thresh: float,
+    max_detections: int,
+) -> Detections:
+    """Candidates of one image to detections: threshold, suppression per class, image frame.
+
+    Args:
+        boxes: [d, 4], XYXY in the model frame.
+        scores: [d].
+        labels: [d], 0-based.
+        frame: Where the image lies in the model frame.
+        score_thresh: Lowest score to keep.
+        nms_thresh: IoU above which the lesser of two boxes of a class goes.
+        max_detections: Most detections to return.
+    """
+    in_image = clip_boxes(frame.to_image(boxes), frame.image_size)
+    has_area = (in_image[:, 2:] > in_image[:, :2]).all(axis=1)
+    candidates = np.flatnonzero((scores >= score_thresh) & has_area)
+    kept = batched_nms(in_image[candidates], scores[candidates], labels[candidates], nms_thresh)
+    chosen = candidates[kept[:max_detections]]
+    return Detections(
+        boxes=in_image[chosen],
+        scores=scores[chosen],
+        labels=labels[chosen].astype(np.int64),
+        image_size=frame.image_size,
+    )
+
+
+def sum_over_flip(maps: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum maps [1 or 2, ..., h, w] of an image and, if there, of its mirror image, mirrored
+    back.
+    """
+    return maps[0] if len(maps) == 1 else maps[0] + maps[1][..., ::-1]
+
+
+def _require(parameters: _T | None, what: str) -> _T:
+    if parameters is None:
+        raise ContractError(f"this needs {what}, which is not served here; export it and serve it")
+    return parameters
+
+
+def _class_ids(tags: Sequence[str], class_names: Sequence[str]) -> list[int]:
+    if len(tags) == 0:
+        raise ValueError(
+            f"tags is empty; leave it out to let the classifier decide, or name at least one of "
+            f"{list(class_names)}"
+        )
+    if unknown := [tag for tag in tags if tag not in class_names]:
+        raise ValueError(f"unknown tag {unknown[0]!r}; the classifier knows {list(class_names)}")
+    return sorted({class_names.index(tag) for tag in tags})
+
+
+def _of_source(prompts: PointPrompts, source: PromptSource) -> PointPrompts:
+    index = np.flatnonzero(prompts.sources == source)
+    return PointPrompts(
+        points=prompts.points[index],
+        scores=prompts.scores[index],
+        class_ids=prompts.class_ids[index],
+        sources=prompts.sources[index],
+    )
+
+
+def _boxes_of_call(
+    decoded: _Decoded, sources: NDArray[np.int32], frame: ModelFrame
+) -> tuple[NDArray[np.int64], PromptedBoxes]:
+    """Prompt positions and boxes of one decoder call's masks."""
+    call_sources = sources[decoded.positions]
+    chosen = np.zeros(decoded.iou_predictions.shape, dtype=bool)
+    chosen[call_sources == PromptSource.GRID, _MULTIMASK] = True
+    chosen[call_sources != PromptSource.GRID, _WHOLE_MASKS] = True
+    prompt, _ = np.nonzero(chosen)
+    logits = decoded.logits[chosen]
+    boxes = PromptedBoxes(
+        boxes=boxes_from_logits(logits, frame),
+        iou_predictions=decoded.iou_predictions[chosen],
+        stability=low_res_stability(logits, frame),
+        sources=call_sources[prompt],
+    )
+    return decoded.positions[prompt], boxes
+
+
+def _in_prompt_order(parts: Sequence[tuple[NDArray[np.int64], PromptedBoxes]]) -> PromptedBoxes:
+    if not parts:
+        return PromptedBoxes(
+            boxes=np.zeros((0, 4), np.float32),
+            iou_predictions=np.zeros(0, np.float32),
+            stability=np.zeros(0, np.float32),
+            sources=np.zeros(0, np.int32),
+        )
+    order = np.argsort(np.concatenate([positions for positions, _ in parts]), kind="stable")
+    return PromptedBoxes(
+        boxes=np.concatenate([p.boxes for _, p in parts])[order],
+        iou_predictions=np.concatenate([p.iou_predictions for _, p in parts])[order],
+        stability=np.concatenate([p.stability for _, p in parts])[order],
+        sources=np.concatenate([p.sources for _, p in parts])[order],
+    )
+
+
+def _segment_prompts(
+    point_coords: NDArray[np.float32] | None,
+    point_labels: NDArray[np.int32] | None,
+    boxes: NDArray[np.float32] | None,
+) -> list[SamPrompt]:
+    if point_coords is None and boxes is None:
+        raise ValueError("nothing to segment: give point_coords with point_labels, boxes, or both")
+    if boxes is not None and not (boxes[:, 2:] > boxes[:, :2]).all():
+        raise ValueError("a box is empty or not a number; boxes are x1, y1, x2, y2 with x1 < x2")
+    if point_coords is not None and not np.isfinite(point_coords).all():
+        raise ValueError("point_coords contain infinity or not-a-number; give pixels of the image")
+    if (point_coords is None) != (point_labels is None):
+        raise ValueError("point_coords and point_labels belong together; got only one of them")
+    if point_coords is None or point_labels is None:
+        assert boxes is not None
+        return [box_prompt(box) for box in boxes]
+    if point_coords.shape[:2] != point_labels.shape:
+        raise ValueError(
+            f"point_coords {list(point_coords.shape)} and point_labels {list(point_labels.shape)} "
+            "differ in prompts or points"
+        )
+    if boxes is not None and len(boxes) != len(point_coords):
+        raise ValueError(f"got {len(boxes)} boxes for {len(point_coords)} prompts; give one each")
+    return [
+        _segment_prompt(points, labels, None if boxes is None else boxes[i])
+        for i, (points, labels) in enumerate(zip(point_coords, point_labels, strict=True))
+    ]
+
+
+def _segment_prompt(
+    points: NDArray[np.float32], labels: NDArray[np.int32], box: NDArray[np.float32] | None
+) -> SamPrompt:
+    if not np.isin(labels, (-1, 0, 1)).all():
+        raise ValueError(f"point_labels are 1, 0 or -1, got {sorted(set(labels.tolist()))}")
+    is_given = labels >= 0
+    if box is not None:
+        return box_prompt(box, points[is_given], labels[is_given])
+    if not is_given.any():
+        raise ValueError("a prompt without points and without a box; give it at least one point")
+    return point_prompt(points[is_given], labels[is_given])

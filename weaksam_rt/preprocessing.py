@@ -1,0 +1,108 @@
+"""From an image to a model's input frame, and exact coordinate maps between the two frames."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from weaksam_rt.types import ImageSize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFrame:
+    """Where an image lies inside a model's square input: at the top left, scaled."""
+
+    image_size: ImageSize
+    """(height, width) of the original image."""
+    valid_size: ImageSize
+    """(height, width) of the scaled image; the rest of the frame is padding."""
+    model_size: int
+    """Side of the frame."""
+
+    def to_model(self, points: NDArray[Any]) -> NDArray[np.float32]:
+        """Points (x, y) [..., 2] or boxes XYXY [..., 4] of the image, in the model frame."""
+        return (points * self._scale(points)).astype(np.float32)
+
+    def to_image(self, points: NDArray[Any]) -> NDArray[np.float32]:
+        """Points (x, y) [..., 2] or boxes XYXY [..., 4] of the model frame, in the image."""
+        return (points / self._scale(points)).astype(np.float32)
+
+    def _scale(self, points: NDArray[Any]) -> NDArray[np.float64]:
+        # Each axis has its own ratio because the scaled sides are rounded to pixels.
+        ratios = [
+            self.valid_size[1] / self.image_size[1],
+            self.valid_size[0] / self.image_size[0],
+        ]
+        return np.array(ratios * (points.shape[-1] // 2))
+
+
+def longest_side_frame(image_size: ImageSize, model_size: int) -> ModelFrame:
+    """The frame in which the longest image side fills the model's side.
+
+    Source:
+        ``segment_anything.utils.transforms.ResizeLongestSide``: sides are rounded half up.
+    """
+    scale = model_size / max(image_size)
+    height, width = (max(1, int(side * scale + 0.5)) for side in image_size)
+    return ModelFrame(image_size=image_size, valid_size=(height, width), model_size=model_size)
+
+
+def resize_longest_side(
+    image: NDArray[np.uint8], model_size: int
+) -> tuple[NDArray[np.uint8], ModelFrame]:
+    """Scale the longest side to ``model_size``, keep the aspect, pad right and bottom with zeros.
+
+    Args:
+        image: RGB uint8 [h, w, 3].
+        model_size: Side of the result in pixels.
+
+    Returns:
+        uint8 [model_size, model_size, 3] and its frame.
+    """
+    frame = longest_side_frame((image.shape[0], image.shape[1]), model_size)
+    height, width = frame.valid_size
+    padded = np.zeros((model_size, model_size, 3), dtype=np.uint8)
+    padded[:height, :width] = _resize(image, (height, width), Image.Resampling.BILINEAR)
+    return padded, frame
+
+
+def resize_to_square(image: NDArray[np.uint8], model_size: int) -> NDArray[np.uint8]:
+    """Scale both sides to ``model_size``; the aspect changes, no padding."""
+    return _resize(image, (model_size, model_size), Image.Resampling.BICUBIC)
+
+
+def _resize(
+    image: NDArray[np.uint8], size: ImageSize, resampling: Image.Resampling
+) -> NDArray[np.uint8]:
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), resampling))
+
+
+@lru_cache(maxsize=64)
+def resize_matrix(num_out: int, num_in: int) -> NDArray[np.float32]:
+    """The matrix of one-dimensional bilinear resizing, [num_out, num_in]; rows sum to 1.
+
+    Half-pixel centres, edges repeated, no anti-aliasing: equal to
+    ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`` along one axis.
+    Resizing, cropping and resizing again are products of such matrices, so a whole chain of them
+    costs two small matrix products.
+    """
+    centres = np.maximum((np.arange(num_out) + 0.5) * (num_in / num_out) - 0.5, 0)
+    low = np.minimum(centres.astype(np.int64), num_in - 1)
+    high = np.minimum(low + 1, num_in - 1)
+    weight = (centres - low).astype(np.float32)
+    matrix = np.zeros((num_out, num_in), dtype=np.float32)
+    rows = np.arange(num_out)
+    np.add.at(matrix, (rows, low), 1 - weight)
+    np.add.at(matrix, (rows, high), weight)
+    matrix.setflags(write=False)
+    return matrix
+
+
+def resize_maps(maps: NDArray[np.float32], size: ImageSize) -> NDArray[np.float32]:
+    """Bilinearly resize float32 maps [..., h, w] to ``size`` (height, width)."""
+    rows = resize_matrix(size[0], maps.shape[-2])
+    columns = resize_matrix(size[1], maps.shape[-1])
+    return rows @ maps @ columns.T

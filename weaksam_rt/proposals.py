@@ -1,0 +1,105 @@
+"""SAM's answers to proposals: which masks count, which boxes go."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weaksam_rt.boxes import Boxes, nms
+from weaksam_rt.types import ImageSize, PromptSource, Proposals
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProposalConfig:
+    """Filters of the proposals.
+
+    Source:
+        WeakSAM, section 3 of its released settings.
+    """
+
+    points_per_side: int = 32
+    """Grid points along each side; 0: no grid."""
+    grid_iou_thresh: float = 0.3
+    """Grid masks with a predicted IoU below this go, in [0, 1]."""
+    grid_stability_thresh: float = 0.3
+    """Grid masks with a stability score below this go, in [0, 1]."""
+    grid_nms_thresh: float = 0.3
+    """Grid boxes that overlap a better one by more than this IoU go."""
+    cross_nms_thresh: float = 0.9
+    """Cross-attention boxes that overlap an earlier one by more than this IoU go."""
+    min_side_px: float = 20.0
+    """Boxes narrower or lower than this go, in pixels of the original image."""
+    max_prompts_per_call: int = 64
+    """Prompts of one decoder call."""
+
+    def __post_init__(self) -> None:
+        if self.points_per_side < 0:
+            raise ValueError(f"points_per_side must not be negative, got {self.points_per_side}")
+        if self.max_prompts_per_call < 1:
+            raise ValueError(f"max_prompts_per_call must be positive: {self.max_prompts_per_call}")
+        for name in (
+            "grid_iou_thresh",
+            "grid_stability_thresh",
+            "grid_nms_thresh",
+            "cross_nms_thresh",
+        ):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptedBoxes:
+    """One box for each mask that SAM gave, n masks in the order of their prompts."""
+
+    boxes: Boxes
+    """[n, 4]."""
+    iou_predictions: NDArray[np.float32]
+    """[n]."""
+    stability: NDArray[np.float32]
+    """[n]."""
+    sources: NDArray[np.int32]
+    """[n], values of ``PromptSource``."""
+
+
+def select_proposals(
+    prompted: PromptedBoxes, image_size: ImageSize, config: ProposalConfig
+) -> Proposals:
+    """Filter each source by its own rule, then drop small and duplicate boxes over all sources.
+
+    Grid boxes are filtered by SAM's scores and suppressed by IoU; coarse and fine boxes all stay;
+    cross boxes only lose near-duplicates. There is no joint suppression: the detector that learns
+    from the proposals needs the overlapping ones.
+
+    Returns:
+        In the order grid, coarse, fine, cross; grid best first, the others in prompt order.
+    """
+    keep = np.concatenate([_keep_of_source(prompted, s, config) for s in PromptSource])
+    sides = prompted.boxes[keep, 2:] - prompted.boxes[keep, :2]
+    keep = keep[(sides >= config.min_side_px).all(axis=1)]
+    _, first = np.unique(prompted.boxes[keep], axis=0, return_index=True)
+    keep = keep[np.sort(first)]
+    return Proposals(
+        boxes=prompted.boxes[keep],
+        scores=prompted.iou_predictions[keep],
+        sources=prompted.sources[keep],
+        image_size=image_size,
+    )
+
+
+def _keep_of_source(
+    prompted: PromptedBoxes, source: PromptSource, config: ProposalConfig
+) -> NDArray[np.int64]:
+    members = np.flatnonzero(prompted.sources == source)
+    if source == PromptSource.GRID:
+        is_good = (prompted.iou_predictions[members] >= config.grid_iou_thresh) & (
+            prompted.stability[members] >= config.grid_stability_thresh
+        )
+        members = members[is_good]
+        kept = nms(
+            prompted.boxes[members], prompted.iou_predictions[members], config.grid_nms_thresh
+        )
+        return members[kept]
+    if source == PromptSource.CROSS:
+        in_order = np.zeros(len(members), np.float32)
+        return members[np.sort(nms(prompted.boxes[members], in_order, config.cross_nms_thresh))]
+    return members
