@@ -69,30 +69,33 @@ class CocoFolder:
     records: tuple[ImageRecord, ...]
 
 
-def load_coco_folder(root: Path, classes: tuple[str, ...] | None = None) -> CocoFolder:
+def load_coco_folder(
+    root: Path, classes: tuple[str, ...] | None = None, *, annotations: Path | None = None
+) -> CocoFolder:
     """Read ``root/instances.json``; images stay on disk.
 
     Args:
         root: Folder with ``images/`` and ``instances.json``.
         classes: Keep the instances of these classes only, labelled in this order. None keeps all,
             in id order.
+        annotations: Another annotation file of the same images, for example pseudo boxes.
 
     Raises:
         FileNotFoundError: There is no such folder or file.
         ValueError: A class is not in the file.
     """
-    content = json.loads((root / "instances.json").read_text())
+    content = json.loads((annotations or root / "instances.json").read_text())
     ids = {c["name"]: c["id"] for c in sorted(content["categories"], key=lambda c: c["id"])}
     names = tuple(ids) if classes is None else classes
     if unknown := set(names) - set(ids):
         raise ValueError(f"{root} has no class {sorted(unknown)}; it has {list(ids)}")
     label_of_id = {ids[name]: label for label, name in enumerate(names)}
-    annotations = defaultdict(list)
+    of_image = defaultdict(list)
     for annotation in content["annotations"]:
         if annotation["category_id"] in label_of_id:
-            annotations[annotation["image_id"]].append(annotation)
+            of_image[annotation["image_id"]].append(annotation)
     records = tuple(
-        _record(root, image, annotations[image["id"]], label_of_id) for image in content["images"]
+        _record(root, image, of_image[image["id"]], label_of_id) for image in content["images"]
     )
     return CocoFolder(
         root=root, class_names=names, category_ids=tuple(ids[n] for n in names), records=records

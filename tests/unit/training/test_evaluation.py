@@ -1,0 +1,152 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from training.data.coco import CocoFolder, ImageRecord
+from training.evaluate import evaluate, markdown
+from training.evaluation.coco_ap import METRICS, coco_ap, coco_results, coco_truth
+from training.evaluation.corloc import corloc
+from training.evaluation.recall import greedy_matches, proposal_recall
+from training.evaluation.voc_ap import ap_11_point, ap_all_point, voc_ap
+from weaksam_rt.types import Detections, Proposals
+
+_SIZE = (100, 100)
+
+
+def _record(image_id, boxes, labels, is_crowd=None):
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    return ImageRecord(
+        image_id=image_id,
+        path=Path("x.jpg"),
+        image_size=_SIZE,
+        boxes=boxes,
+        labels=np.array(labels, np.int64),
+        is_crowd=np.zeros(len(boxes), bool) if is_crowd is None else np.array(is_crowd),
+        segmentations=(),
+    )
+
+
+def _folder(*records):
+    return CocoFolder(
+        root=Path("data"), class_names=("cat", "dog"), category_ids=(1, 2), records=records
+    )
+
+
+def _detections(boxes, scores, labels):
+    return Detections(
+        boxes=np.array(boxes, np.float32).reshape(-1, 4),
+        scores=np.array(scores, np.float32),
+        labels=np.array(labels, np.int64),
+        image_size=_SIZE,
+    )
+
+
+_A, _B, _ELSEWHERE = [0, 0, 20, 20], [50, 50, 90, 90], [60, 0, 80, 20]
+
+
+def test_average_precision_of_a_hand_made_curve():
+    recall, precision = np.array([0.5, 0.5, 1.0]), np.array([1.0, 0.5, 2 / 3])
+    assert ap_all_point(recall, precision) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert ap_11_point(recall, precision) == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
+
+
+def test_a_second_detection_of_the_same_object_is_wrong():
+    folder = _folder(_record(1, [_A, _B], [0, 0]))
+    twice = _detections([_A, _A, _B], [0.9, 0.8, 0.7], [0, 0, 0])
+    found = voc_ap(folder, {1: twice}).by_class[0]
+    assert found.ap_all_point == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert found.num_truth == 2
+
+
+def test_a_detection_on_a_crowd_is_neither_right_nor_wrong():
+    folder = _folder(_record(1, [_A, _B], [0, 0], [True, False]))
+    found = voc_ap(folder, {1: _detections([_A, _B], [0.9, 0.8], [0, 0])}).by_class[0]
+    assert (found.ap_all_point, found.num_truth) == (1.0, 1)
+
+
+def test_a_class_without_objects_does_not_enter_the_mean():
+    folder = _folder(_record(1, [_A], [0]))
+    found = voc_ap(folder, {1: _detections([_A, _B], [0.9, 0.8], [0, 1])})
+    assert np.isnan(found.by_class[1].ap_all_point)
+    assert found.mean_all_point == 1.0
+
+
+def test_nothing_found_scores_zero_and_nothing_to_find_is_undefined():
+    folder = _folder(_record(1, [_A], [0]), _record(2, [], []))
+    assert voc_ap(folder, {}).mean_all_point == 0.0
+    assert np.isnan(voc_ap(_folder(), {}).mean_all_point)
+
+
+def test_corloc_looks_at_the_best_box_of_each_present_class_only():
+    folder = _folder(_record(1, [_A, _B], [0, 1]), _record(2, [_A], [0]), _record(3, [_A], [0]))
+    found = {
+        1: _detections([_A, _ELSEWHERE, _B], [0.9, 0.8, 0.7], [0, 1, 1]),
+        2: _detections([_ELSEWHERE, _A], [0.9, 0.8], [1, 0]),
+    }
+    result = corloc(folder, found)
+    assert result.by_class == (pytest.approx(2 / 3), 0.0)
+    assert result.mean == pytest.approx(1 / 3)
+
+
+def test_a_proposal_serves_one_object_only():
+    iou = np.array([[0.9, 0.4], [0.8, 0.0], [0.3, 0.35]], np.float32)
+    assert greedy_matches(iou).tolist() == pytest.approx([0.9, 0.0, 0.35])
+
+
+def test_images_without_proposals_lower_the_recall():
+    folder = _folder(_record(1, [_A], [0]), _record(2, [_B], [1]))
+    boxes = np.array([_A, _ELSEWHERE], np.float32)
+    proposals = Proposals(
+        boxes=boxes, scores=np.ones(2, np.float32), sources=np.zeros(2, np.int32), image_size=_SIZE
+    )
+    result = proposal_recall(folder, {1: proposals})
+    assert result.recall == {0.5: 0.5, 0.6: 0.5, 0.75: 0.5, 0.9: 0.5}
+    assert (result.num_truth, result.mean_proposals) == (2, 1.0)
+
+
+def _random_case(seed):
+    rng = np.random.default_rng(seed)
+    records, found = [], {}
+    for image_id in range(1, 9):
+        corners = rng.uniform(0, 60, (rng.integers(1, 5), 2))
+        boxes = np.concatenate([corners, corners + rng.uniform(10, 40, corners.shape)], axis=1)
+        labels = rng.integers(0, 2, len(boxes))
+        records.append(_record(image_id, boxes, labels, rng.random(len(boxes)) < 0.1))
+        noisy = np.repeat(boxes, 2, axis=0)
+        noisy = (noisy + rng.normal(0, 2, noisy.shape)).astype(np.float32)
+        scores = rng.permutation(len(noisy)) / len(noisy) + rng.uniform(0, 1e-3)
+        found[image_id] = _detections(noisy, scores, np.repeat(labels, 2))
+    return _folder(*records), found
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_coco_ap_equals_pycocotools(seed):
+    folder, found = _random_case(seed)
+    api = COCO()
+    api.dataset = coco_truth(folder)
+    api.createIndex()
+    reference = COCOeval(api, api.loadRes(coco_results(found)), "bbox")
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+    ours = coco_ap(folder, found)
+    assert 0.1 < ours["AP"] < 1
+    np.testing.assert_allclose([ours[m] for m in METRICS], reference.stats[:6], atol=1e-6)
+
+
+def test_without_detections_coco_ap_is_zero():
+    folder, _ = _random_case(0)
+    assert coco_ap(folder, {}) == dict.fromkeys(METRICS, 0.0)
+
+
+def test_the_report_has_json_values_only_and_a_table_row_per_class():
+    folder = _folder(_record(1, [_A], [0]))
+    report = evaluate(folder, {1: _detections([_A], [0.9], [0])})
+    assert report["voc_ap50"] == 1.0
+    assert report["by_class"]["dog"]["ap_all_point"] is None
+    page = markdown(report, title="T")
+    assert "| cat | 100.0 | 100.0 | 100.0 | 1 | 1 |" in page
+    assert "| dog | - | - | - | 0 | 0 |" in page

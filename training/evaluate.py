@@ -1,0 +1,152 @@
+"""Evaluate detections against a data set: ``python -m training.evaluate --help``.
+
+Writes ``evaluation.json``, ``evaluation.md`` and ``pictures.jpg``.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from training.data.coco import CocoFolder, load_coco_folder
+from training.data.results import read_detections
+from training.evaluation.coco_ap import coco_ap
+from training.evaluation.corloc import corloc
+from training.evaluation.pictures import Picture, save_contact_sheet
+from training.evaluation.voc_ap import voc_ap
+from weaksam_rt.files import atomic_path, write_json
+from weaksam_rt.types import Detections
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Compare a COCO results file with the boxes of a data set."""
+
+    data: Path
+    """Folder with ``images/`` and ``instances.json``."""
+    detections: Path
+    """COCO results file of the same images."""
+    output: Path
+    """Folder for the report."""
+    num_pictures: int = 25
+    """Images on the contact sheet, spread evenly over the set."""
+    picture_score_thresh: float = 0.3
+    """Boxes below this score, in [0, 1], are not drawn."""
+
+
+def evaluate(folder: CocoFolder, detections: Mapping[int, Detections]) -> dict[str, Any]:
+    """All metrics of ``detections`` on ``folder`` as JSON values in [0, 1], None if undefined."""
+    ap, correct = voc_ap(folder, detections), corloc(folder, detections)
+    by_class = {
+        name: {**asdict(class_ap), "corloc": class_corloc}
+        for name, class_ap, class_corloc in zip(
+            folder.class_names, ap.by_class, correct.by_class, strict=True
+        )
+    }
+    report = {
+        "num_images": len(folder.records),
+        "voc_ap50_11_point": ap.mean_11_point,
+        "voc_ap50": ap.mean_all_point,
+        "corloc": correct.mean,
+        "coco": coco_ap(folder, detections),
+        "by_class": by_class,
+    }
+    return _without_nan(report)
+
+
+def summary(report: Mapping[str, Any]) -> dict[str, float | None]:
+    """The headline figures of ``evaluate``, for a manifest."""
+    return {
+        "voc_ap50": report["voc_ap50"],
+        "voc_ap50_11_point": report["voc_ap50_11_point"],
+        "corloc": report["corloc"],
+        "coco_ap": report["coco"]["AP"],
+    }
+
+
+def markdown(report: Mapping[str, Any], *, title: str) -> str:
+    """``evaluate``'s figures as a Markdown page, in percent."""
+    lines = [
+        f"# {title}",
+        "",
+        f"{report['num_images']} images. All figures in percent.",
+        "",
+        "| class | AP50 | AP50 (11 points) | CorLoc | true boxes | detections |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for name, row in report["by_class"].items():
+        lines.append(
+            f"| {name} | {_percent(row['ap_all_point'])} | {_percent(row['ap_11_point'])} "
+            f"| {_percent(row['corloc'])} | {row['num_truth']} | {row['num_detections']} |"
+        )
+    lines.append(
+        f"| **mean** | **{_percent(report['voc_ap50'])}** "
+        f"| **{_percent(report['voc_ap50_11_point'])}** | **{_percent(report['corloc'])}** | | |"
+    )
+    coco = ", ".join(f"{name} {_percent(value)}" for name, value in report["coco"].items())
+    return "\n".join([*lines, "", f"COCO: {coco}.", ""])
+
+
+def write_report(
+    output: Path,
+    folder: CocoFolder,
+    detections: Mapping[int, Detections],
+    *,
+    num_pictures: int = 25,
+    picture_score_thresh: float = 0.3,
+) -> dict[str, Any]:
+    """Write the three files of a report into ``output``; gives back ``evaluate``'s figures."""
+    report = evaluate(folder, detections)
+    write_json(output / "evaluation.json", report)
+    with atomic_path(output / "evaluation.md") as temporary:
+        temporary.write_text(markdown(report, title=f"Detections on {folder.root.name}"))
+    chosen = np.unique(
+        np.linspace(0, len(folder.records) - 1, num_pictures).round().astype(int)
+    ) if folder.records else []  # fmt: skip
+    pictures = []
+    for record in (folder.records[index] for index in chosen):
+        found = detections.get(record.image_id, Detections.empty(record.image_size))
+        pictures.append(
+            Picture(
+                image=record.image(),
+                detections=found.take(found.scores >= picture_score_thresh),
+                truth_boxes=record.boxes,
+            )
+        )
+    save_contact_sheet(output / "pictures.jpg", pictures, class_names=folder.class_names)
+    return report
+
+
+def main(config: EvaluateConfig) -> None:
+    """Run the command."""
+    folder = load_coco_folder(config.data)
+    report = write_report(
+        config.output,
+        folder,
+        read_detections(config.detections, folder=folder),
+        num_pictures=config.num_pictures,
+        picture_score_thresh=config.picture_score_thresh,
+    )
+    _LOGGER.info("\n%s", markdown(report, title=f"{config.detections} on {config.data}"))
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(tyro.cli(EvaluateConfig, description=__doc__))

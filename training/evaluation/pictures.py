@@ -1,0 +1,73 @@
+"""Contact sheets of images with boxes, to look at what a stage made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from weaksam_rt.files import atomic_path
+from weaksam_rt.types import Detections
+
+TRUTH_COLOUR = (255, 255, 255)
+"""The colour of true boxes."""
+_PALETTE = (
+    (255, 196, 0),
+    (0, 200, 255),
+    (255, 64, 129),
+    (118, 255, 3),
+    (255, 110, 64),
+    (179, 136, 255),
+)
+_MARGIN_PX = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """One cell of a contact sheet."""
+
+    image: NDArray[np.uint8]
+    """RGB [h, w, 3]."""
+    detections: Detections
+    """Drawn in colour with name and score."""
+    truth_boxes: NDArray[np.float32]
+    """[n, 4], XYXY, drawn thin and white; may be empty."""
+
+
+def save_contact_sheet(
+    path: Path,
+    pictures: Sequence[Picture],
+    *,
+    class_names: Sequence[str],
+    num_columns: int = 5,
+    cell_px: int = 256,
+) -> None:
+    """Write ``pictures`` as one image, row by row, each scaled to fit a square of ``cell_px``."""
+    num_rows = max(1, -(-len(pictures) // num_columns))
+    pitch = cell_px + _MARGIN_PX
+    sheet = Image.new("RGB", (num_columns * pitch, num_rows * pitch), (32, 32, 32))
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, num_columns)
+        sheet.paste(_cell(picture, class_names, cell_px), (column * pitch, row * pitch))
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="JPEG" if path.suffix == ".jpg" else "PNG", quality=85)
+
+
+def _cell(picture: Picture, class_names: Sequence[str], cell_px: int) -> Image.Image:
+    image = Image.fromarray(picture.image)
+    scale = cell_px / max(image.size)
+    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    draw = ImageDraw.Draw(image)
+    for box in picture.truth_boxes * scale:
+        draw.rectangle(box.tolist(), outline=TRUTH_COLOUR, width=1)
+    found = picture.detections
+    for box, score, label in zip(found.boxes * scale, found.scores, found.labels, strict=True):
+        colour = _PALETTE[int(label) % len(_PALETTE)]
+        draw.rectangle(box.tolist(), outline=colour, width=2)
+        caption = f"{class_names[int(label)]} {score:.2f}"
+        corner = (float(box[0]) + 2, max(0.0, float(box[1])))
+        draw.rectangle(draw.textbbox(corner, caption), fill=(0, 0, 0))
+        draw.text(corner, caption, fill=colour)
+    return image

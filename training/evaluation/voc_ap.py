@@ -1,0 +1,141 @@
+"""Average precision as Pascal VOC defines it, per class: the 11-point form of 2007 and the area
+form of 2010.
+
+Knows boxes and scores of a whole data set; reads no files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.data.coco import CocoFolder
+from weaksam_rt.boxes import box_iou
+from weaksam_rt.types import Detections
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassAp:
+    """Average precision of one class, in [0, 1]; nan where no image has the class."""
+
+    ap_11_point: float
+    """Mean of the best precision at the recalls 0, 0.1, ... 1 (VOC 2007)."""
+    ap_all_point: float
+    """Area under the monotone precision curve (VOC 2010 and later)."""
+    num_truth: int
+    """True boxes without crowds."""
+    num_detections: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VocAp:
+    """Average precision of all classes."""
+
+    by_class: tuple[ClassAp, ...]
+    """In the order of ``CocoFolder.class_names``."""
+
+    @property
+    def mean_11_point(self) -> float:
+        """Mean over the classes that occur; nan if none does."""
+        return _mean([c.ap_11_point for c in self.by_class])
+
+    @property
+    def mean_all_point(self) -> float:
+        """Mean over the classes that occur; nan if none does."""
+        return _mean([c.ap_all_point for c in self.by_class])
+
+
+def voc_ap(
+    folder: CocoFolder, detections: Mapping[int, Detections], *, iou_thresh: float = 0.5
+) -> VocAp:
+    """Average precision of ``detections`` against the boxes of ``folder``.
+
+    Args:
+        folder: Crowd boxes count like VOC's difficult ones: neither to be found nor wrong to find.
+        detections: By image id; an absent image has none.
+        iou_thresh: In (0, 1]; a detection is right when its IoU with its best true box is at least
+            this and no better detection took that box.
+
+    Source:
+        VOC development kit, ``VOCevaldet``; differs in that boxes are continuous (no added pixel).
+    """
+    return VocAp(
+        by_class=tuple(
+            _class_ap(folder, detections, label, iou_thresh)
+            for label in range(len(folder.class_names))
+        )
+    )
+
+
+def ap_11_point(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> float:
+    """VOC 2007's average precision from the curve, both [n] in order of falling score."""
+    levels = np.linspace(0, 1, 11)
+    return float(np.mean([precision[recall >= level].max(initial=0) for level in levels]))
+
+
+def ap_all_point(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> float:
+    """VOC 2010's average precision from the curve, both [n] in order of falling score."""
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall, prepend=0) * envelope))
+
+
+def _class_ap(
+    folder: CocoFolder, detections: Mapping[int, Detections], label: int, iou_thresh: float
+) -> ClassAp:
+    scores, outcomes, num_truth = [np.zeros(0)], [np.zeros(0, np.int8)], 0
+    for record in folder.records:
+        of_class = record.labels == label
+        num_truth += int((of_class & ~record.is_crowd).sum())
+        found = detections.get(record.image_id)
+        if found is None:
+            continue
+        members = np.flatnonzero(found.labels == label)
+        members = members[np.argsort(-found.scores[members], kind="stable")]
+        scores.append(found.scores[members].astype(np.float64))
+        iou = box_iou(found.boxes[members], record.boxes[of_class])
+        outcomes.append(_match(iou, record.is_crowd[of_class], iou_thresh))
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    outcome = np.concatenate(outcomes)[order]
+    if num_truth == 0:
+        nothing = float("nan")
+        return ClassAp(
+            ap_11_point=nothing, ap_all_point=nothing, num_truth=0, num_detections=len(outcome)
+        )
+    outcome = outcome[outcome != _IGNORED]
+    right = np.cumsum(outcome == _RIGHT)
+    recall, precision = right / num_truth, right / np.arange(1, len(right) + 1)
+    return ClassAp(
+        ap_11_point=ap_11_point(recall, precision),
+        ap_all_point=ap_all_point(recall, precision),
+        num_truth=num_truth,
+        num_detections=len(outcome),
+    )
+
+
+_WRONG, _RIGHT, _IGNORED = 0, 1, 2
+
+
+def _match(
+    iou: NDArray[np.float32], is_crowd: NDArray[np.bool_], iou_thresh: float
+) -> NDArray[np.int8]:
+    """Outcome of each detection of one image, best score first; ``iou`` is [detection, truth]."""
+    outcome = np.full(len(iou), _WRONG, dtype=np.int8)
+    if iou.shape[1] == 0:
+        return outcome
+    taken = np.zeros(iou.shape[1], dtype=bool)
+    for index, row in enumerate(iou):
+        best = int(row.argmax())
+        if row[best] < iou_thresh:
+            continue
+        if is_crowd[best]:
+            outcome[index] = _IGNORED
+        elif not taken[best]:
+            outcome[index] = _RIGHT
+            taken[best] = True
+    return outcome
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
