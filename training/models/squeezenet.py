@@ -1,4 +1,4 @@
-"""The convolutional trunk of SqueezeNet 1.0: a small ImageNet-pretrained start for SAM and detector.
+"""SqueezeNet 1.0 as a convolutional trunk: a small ImageNet-pretrained start for every task.
 
 It knows the published layer layout and the input convention of the published weights; it knows no
 task and no head.
@@ -151,7 +151,7 @@ def _fold_input_convention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pool_right(x: Tensor) -> Tensor:
-    """Maximum over columns 2i to 2i + 2 (rows alike); beyond the border 0, the least a ReLU gives."""
+    """Maximum over columns 2i to 2i + 2 (rows alike); beyond the border 0, a ReLU's least."""
     return functional.max_pool2d(functional.pad(x, (0, 1, 0, 1)), 3, stride=2)
 
 
