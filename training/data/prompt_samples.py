@@ -1,7 +1,7 @@
-"""Training samples of a promptable segmenter: a view of an image, some of its masks, a prompt for each.
+"""Training samples of a promptable segmenter: a view of an image, some masks, a prompt for each.
 
-It knows augmentation and how a person would point at an object; it knows no model. All randomness comes from the generator
-passed in, so a sample is a function of the data and the seed.
+It knows augmentation and how a person would point at an object; it knows no model. All randomness
+comes from the generator passed in, so a sample is a function of the data and the seed.
 """
 
 from collections.abc import Sequence
@@ -90,7 +90,9 @@ def load_masked_images(root: Path, longest_side: int) -> list[MaskedImage]:
 def masked_image(record: ImageRecord, longest_side: int) -> MaskedImage:
     """Decode one record and reduce it; crowds and masks that vanish are left out."""
     height, width = fit_inside(record.image_size, longest_side, enlarge=False)
-    masks = [_resize(m.astype(np.uint8) * 255, height, width) >= 128 for m in _instances(record)]
+    masks = [
+        _resize(m.view(np.uint8) * np.uint8(255), height, width) >= 128 for m in _instances(record)
+    ]
     return MaskedImage(
         image=_resize(record.image(), height, width),
         rles=tuple(coco_mask.encode(np.asfortranarray(m.view(np.uint8))) for m in masks if m.any()),
@@ -127,9 +129,8 @@ def draw_sample(
         prompts: How the prompts are drawn.
         generator: The only source of randomness.
     """
-    view, soft_masks = _draw_view(image, frame_size, augment, generator)
-    order = generator.permutation(len(soft_masks))
-    chosen = [soft_masks[order[i % len(order)]] for i in range(num_prompts)]
+    view, soft_masks = _draw_view(image, frame_size, num_prompts, augment, generator)
+    chosen = [soft_masks[i % len(soft_masks)] for i in range(num_prompts)]
     drawn = [draw_prompt(mask >= 128, prompts, generator) for mask in chosen]
     stacked = np.stack(chosen).astype(np.float32) / 255
     half = frame_size // 2
@@ -210,26 +211,49 @@ def jitter_colours(
 
 
 def _draw_view(
-    image: MaskedImage, frame_size: int, config: AugmentConfig, generator: np.random.Generator
+    image: MaskedImage,
+    frame_size: int,
+    num_masks: int,
+    config: AugmentConfig,
+    generator: np.random.Generator,
 ) -> tuple[NDArray[np.uint8], list[NDArray[np.uint8]]]:
-    """A view in which at least one mask is visible, and its soft masks in the frame."""
+    """A view in which masks are visible, and 1 to ``num_masks`` of them, soft, in the frame."""
     masks: NDArray[np.uint8] = np.ascontiguousarray(coco_mask.decode(list(image.rles)))
     for attempt in range(_MAX_TRIES + 1):
         whole = attempt == _MAX_TRIES or generator.random() < config.whole_probability
         shrinks = attempt < _MAX_TRIES and generator.random() < config.shrink_probability
         share = generator.uniform(config.min_shrink, 1) if shrinks else 1.0
         crop = _whole(image) if whole else _random_crop(image, config.min_crop, generator)
-        size = fit_inside(image.image[crop].shape[:2], max(1, round(frame_size * share)))
+        height, width = image.image[crop].shape[:2]
+        size = fit_inside((height, width), max(1, round(frame_size * share)))
         flip = slice(None, None, -1 if generator.random() < 0.5 else 1)
-        cropped = masks[crop][:, flip]
-        visible = np.flatnonzero(cropped.any(axis=(0, 1)))
-        soft = [_into_frame(cropped[..., i] * np.uint8(255), size, frame_size) for i in visible]
-        large = [mask for mask in soft if (mask >= 128).sum() >= config.min_area]
-        if large:
+        # Whatever the last try shows is taken, so that every image gives a sample.
+        min_area = 1 if attempt == _MAX_TRIES else config.min_area
+        soft = _visible_masks(
+            masks[crop][:, flip], size, frame_size, num_masks, min_area, generator
+        )
+        if soft:
             break
-    else:
-        large = [mask for mask in soft if (mask >= 128).any()] or soft[:1]
-    return _resize(image.image[crop][:, flip], *size), large
+    return _resize(image.image[crop][:, flip], *size), soft
+
+
+def _visible_masks(
+    masks: NDArray[np.uint8],
+    size: tuple[int, int],
+    frame_size: int,
+    num_masks: int,
+    min_area: int,
+    generator: np.random.Generator,
+) -> list[NDArray[np.uint8]]:
+    """Up to ``num_masks`` masks in random order that cover ``min_area`` pixels of the frame."""
+    found: list[NDArray[np.uint8]] = []
+    for index in generator.permutation(np.flatnonzero(masks.any(axis=(0, 1)))):
+        soft = _into_frame(masks[..., index] * np.uint8(255), size, frame_size)
+        if (soft >= 128).sum() >= min_area:
+            found.append(soft)
+        if len(found) == num_masks:
+            break
+    return found
 
 
 def _whole(image: MaskedImage) -> tuple[slice, slice]:
@@ -260,10 +284,8 @@ def _resize(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.ui
         return np.ascontiguousarray(pixels)
     shrinks = height * width < pixels.shape[0] * pixels.shape[1]
     mode = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    resized: NDArray[np.uint8] = cv2.resize(
-        np.ascontiguousarray(pixels), (width, height), interpolation=mode
-    )
-    return resized
+    resized = cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=mode)
+    return np.asarray(resized, dtype=np.uint8)
 
 
 def _instances(record: ImageRecord) -> Sequence[NDArray[np.bool_]]:
