@@ -1,6 +1,8 @@
-"""Train a SAM on masks without classes: ``python -m training.train_sam --output DIR --data DIR ...``.
+"""Train a SAM on masks without classes: ``python -m training.train_sam --output DIR --data DIR
+...``.
 
-Boxes and masks of the training splits are used here only, for a segmenter that knows no class; the weakly-supervised
+Boxes and masks of the training splits are used here only, for a segmenter that knows no class;
+the weakly-supervised
 stages see the result, never the masks. With ``--teacher`` the same loop distils a larger SAM.
 """
 
@@ -243,7 +245,9 @@ def learning_rate(step: int, recipe: SamRecipe) -> float:
 def draw_batch(
     folders: Sequence[Sequence[MaskedImage]], recipe: SamRecipe, step: int
 ) -> list[PromptSample]:
-    """The samples of one step: a function of data, recipe and step, so a resumed run sees the same."""
+    """The samples of one step: a function of data, recipe and step, so a resumed run sees the
+    same.
+    """
     generator = np.random.default_rng([recipe.seed, step])
     weights = np.array(recipe.folder_weights or [math.sqrt(len(f)) for f in folders])
     if len(weights) != len(folders):
@@ -361,7 +365,8 @@ def predict(
 def add_correcting_click(batch: SamBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Prompts of three tokens: the old one and a click where ``logits`` [b * p, h, w] are wrong.
 
-    The order is that of ``PromptEncoder``: clicks, then padding or box corners. Where nothing is wrong, the click is at
+    The order is that of ``PromptEncoder``: clicks, then padding or box corners. Where nothing is
+    wrong, the click is at
     a random place with its true label.
     """
     truth = batch.coverage >= 0.5
@@ -397,7 +402,9 @@ def update_average_(average: nn.Module, module: nn.Module, decay: float) -> None
 def _refine(
     sam: Sam, embeddings: Tensor, batch: SamBatch, prediction: MaskPrediction
 ) -> MaskPrediction:
-    """The prediction after one correcting click, with the chosen mask of ``prediction`` as input."""
+    """The prediction after one correcting click, with the chosen mask of ``prediction`` as
+    input.
+    """
     scores = prediction.iou_predictions.detach().float()
     best = torch.where(batch.is_box, 0, 1 + scores[:, 1:].argmax(dim=1))
     rows = torch.arange(len(best), device=best.device)

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _EPSILON = 1e-8
-_MANY_SURVIVORS = 64
-"""Above this many points to verify one by one, filtering the whole region is cheaper."""
+_MANY_VISITS = 200
+"""After so many points verified one by one, filtering the whole region is cheaper."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,46 +80,73 @@ def peak_points(activation_map: NDArray[np.float32], config: PeakConfig) -> Peak
         WeakSAM (arXiv:2402.14812) algorithm 1. ``l1`` is the distance of the released code,
         ``l2`` that of the paper.
     """
-    ys, xs = np.nonzero(activation_map >= config.value_thresh)
-    if len(ys) == 0:
-        return Peaks(points=np.zeros((0, 2), np.int64), scores=np.zeros(0, np.float32))
-    is_candidate = _is_window_maximum(activation_map, ys, xs, config.kernel_size // 2)
-    ys, xs = ys[is_candidate], xs[is_candidate]
-    values = activation_map[ys, xs]
-    order = np.argsort(-values, kind="stable")[: config.max_candidates]
-    kept = _keep_apart(np.stack([xs, ys], axis=1)[order], config)
-    return Peaks(points=np.stack([xs, ys], axis=1)[order][kept], scores=values[order][kept])
+    width = activation_map.shape[1]
+    ys, xs = np.divmod(np.flatnonzero(activation_map >= config.value_thresh), width)
+    points = _highest_window_maxima(activation_map, ys, xs, config)
+    kept = points[_keep_apart(points, config)]
+    return Peaks(points=kept, scores=activation_map[kept[:, 1], kept[:, 0]])
 
 
-def _is_window_maximum(
-    values: NDArray[np.float32], ys: NDArray[np.int64], xs: NDArray[np.int64], radius: int
-) -> NDArray[np.bool_]:
-    """Which pixels (ys, xs), all those at or above the threshold, are maxima of their windows.
+def _highest_window_maxima(
+    values: NDArray[np.float32], ys: NDArray[np.int64], xs: NDArray[np.int64], config: PeakConfig
+) -> NDArray[np.int64]:
+    """The ``max_candidates`` highest window maxima, [n, 2] as (x, y), among the pixels (ys, xs).
 
-    A window maximum is above all its direct neighbours, which few pixels of a smooth map are; only
-    those are compared with their whole windows. On maps with plateaus many survive; then the window
-    maximum of the whole region is cheaper. Both are exact.
+    The pixels are all those at or above the threshold, in row order. A window maximum is at least
+    as high as its direct neighbours, which few pixels of a smooth map are. Those few are visited
+    from the highest down and compared with their whole windows; each visited pixel, maximum or not,
+    rules out every lower pixel in its window, so visits stay far apart. Where plateaus make them
+    many all the same, the window maximum of the whole region is cheaper. Both ways are exact.
     """
-    survives = np.ones(len(ys), dtype=bool)
-    if radius == 0:
-        return survives
-    height, width = values.shape
-    centre = values[ys, xs]
-    for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)):
-        neighbour = values[(ys + dy).clip(0, height - 1), (xs + dx).clip(0, width - 1)]
-        survives &= centre >= neighbour
-    remaining = np.flatnonzero(survives)
-    if len(remaining) > _MANY_SURVIVORS:
-        # Whatever exceeds a pixel above the threshold lies in the box around all such pixels.
-        top, left = ys.min(), xs.min()
-        region = values[top : ys.max() + 1, left : xs.max() + 1]
-        region_max = _window_maximum(_window_maximum(region, radius).T, radius).T
-        return centre == region_max[ys - top, xs - left]
-    for i in remaining:
+    radius = config.kernel_size // 2
+    if radius > 0:
+        summit = _is_not_below_neighbours(values, ys, xs)
+        ys, xs = ys[summit], xs[summit]
+    order = np.argsort(-values[ys, xs], kind="stable")
+    ys, xs, heights = ys[order], xs[order], values[ys[order], xs[order]]
+    is_possible = np.ones(len(ys), dtype=bool)
+    found: list[int] = []
+    for num_visits in range(len(ys)):
+        if len(found) == config.max_candidates or not is_possible.any():
+            break
+        if num_visits == _MANY_VISITS:
+            found = _window_maxima_of_region(values, ys, xs, radius)
+            break
+        i = int(is_possible.argmax())
         y, x = ys[i], xs[i]
         window = values[max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1]
-        survives[i] = window.max() <= centre[i]
-    return survives
+        if window.max() == heights[i]:
+            found.append(i)
+        is_possible[i] = False
+        in_window = (np.abs(ys - y) <= radius) & (np.abs(xs - x) <= radius)
+        is_possible &= ~(in_window & (heights < heights[i]))
+    return np.stack([xs, ys], axis=1)[found[: config.max_candidates]]
+
+
+def _is_not_below_neighbours(
+    values: NDArray[np.float32], ys: NDArray[np.int64], xs: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    height, width = values.shape
+    flat = values.ravel()
+    centre = flat[ys * width + xs]
+    rows = [(ys + d).clip(0, height - 1) * width for d in (-1, 0, 1)]
+    columns = [(xs + d).clip(0, width - 1) for d in (-1, 0, 1)]
+    summit = np.ones(len(ys), dtype=bool)
+    for row in rows:
+        for column in columns:
+            summit &= centre >= flat[row + column]
+    return summit
+
+
+def _window_maxima_of_region(
+    values: NDArray[np.float32], ys: NDArray[np.int64], xs: NDArray[np.int64], radius: int
+) -> list[int]:
+    """Positions of all window maxima among the summits (ys, xs), highest first as these are."""
+    top, left = max(0, ys.min() - radius), max(0, xs.min() - radius)
+    region = values[top : ys.max() + radius + 1, left : xs.max() + radius + 1]
+    region_max = _window_maximum(_window_maximum(region, radius).T, radius).T
+    is_maximum = values[ys, xs] == region_max[ys - top, xs - left]
+    return np.flatnonzero(is_maximum).tolist()
 
 
 def _window_maximum(values: NDArray[np.float32], radius: int) -> NDArray[np.float32]:
@@ -141,6 +168,7 @@ def _window_maximum(values: NDArray[np.float32], radius: int) -> NDArray[np.floa
 
 
 def _keep_apart(points: NDArray[np.int64], config: PeakConfig) -> NDArray[np.int64]:
+    """Positions of the points that are not too near an earlier kept one."""
     kept: list[int] = []
     for i, point in enumerate(points):
         offsets = np.abs(points[kept] - point)
