@@ -1,0 +1,61 @@
+"""A contract-shaped module to an ONNX file; names, dtypes and dynamic axes come from the
+contract.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from weaksam_rt.contracts import ModelContract
+from weaksam_rt.files import atomic_path
+
+_LOGGER = logging.getLogger(__name__)
+OPSET = 18
+
+
+def onnx_from_module(
+    module: nn.Module, contract: ModelContract, example: Mapping[str, Tensor], path: Path
+) -> None:
+    """Trace ``module`` with torch's dynamo exporter and write one ONNX file, atomically.
+
+    Args:
+        module: Takes the contract's inputs in order, gives its outputs in order (a tuple, or one
+            tensor). Switched to evaluation here.
+        contract: Decides names and which axes vary: the batch axis and every -1.
+        example: One array of each input. Sizes of varying axes must be at least 2, because the
+            exporter freezes a size of 1.
+        path: The ``.onnx`` file.
+
+    Raises:
+        ValueError: An example does not fit the contract.
+    """
+    arrays = {name: tensor.numpy() for name, tensor in example.items()}
+    contract.check_inputs(arrays)
+    inputs = tuple(example[spec.name] for spec in contract.inputs)
+    dynamic_shapes = tuple(_dynamic_axes(contract, i) for i in range(len(inputs)))
+    module.eval()
+    with torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            inputs,
+            dynamo=True,
+            dynamic_shapes=dynamic_shapes,
+            input_names=[spec.name for spec in contract.inputs],
+            output_names=[spec.name for spec in contract.outputs],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export gave no program")
+    with atomic_path(path) as temporary:
+        program.save(temporary, external_data=False)
+    _LOGGER.info("exported %s to %s, %.1f MB", contract.name, path, path.stat().st_size / 1e6)
+
+
+def _dynamic_axes(contract: ModelContract, index: int) -> dict[int, object]:
+    spec = contract.inputs[index]
+    shape = ((-1,) if contract.is_batched else ()) + spec.shape
+    return {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(shape) if size == -1}
