@@ -1,0 +1,159 @@
+"""WeakTr: a ViT whose class tokens, attention and patch tokens all say where a class is.
+
+It knows how logits and maps arise and the loss on image-level tags; it knows no data.
+
+Source:
+    WeakTr (arXiv:2304.01184) as WeakSAM (arXiv:2402.14812) uses it. Two of its choices are options:
+    the gate of the attention maps (reduction, pooling), and which layers' attention gives peaks.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.models.vit import ClassTokenVit, VitConfig, VitFeatures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeakTrConfig:
+    """Sizes of the classifier; the number of classes comes with the data."""
+
+    vit: VitConfig = field(default_factory=VitConfig)
+    gate_reduction: int = 4
+    """The gate's hidden layer is (layers x heads) / this wide; WeakTr alone trains with 8."""
+    gate_pool: Literal["avg", "max"] = "avg"
+    """How an attention map becomes one number for the gate. The mean of a map whose rows sum to
+    one is the same for every map, so ``avg`` weighs heads independently of the image."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.gate_reduction <= self.vit.depth * self.vit.num_heads:
+            raise ValueError(
+                f"gate_reduction {self.gate_reduction} leaves nothing of "
+                f"{self.vit.depth * self.vit.num_heads} attention maps"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeakTrOutput:
+    """Three opinions on the tags, and the maps behind them."""
+
+    class_logits: Float[Tensor, "b c"]
+    """From the class tokens: the tags' best estimate."""
+    coarse_logits: Float[Tensor, "b c"]
+    fine_logits: Float[Tensor, "b c"]
+    coarse_maps: Float[Tensor, "b c h w"]
+    """Class activation of the patch tokens, at least 0."""
+    fine_maps: Float[Tensor, "b c h w"]
+    """Coarse maps weighed by class attention and spread by patch attention, at least 0."""
+    cross_maps: Float[Tensor, "b k n c h w"]
+    """Ungated attention of each class token to the patches, of every layer and head, in [0, 1]."""
+
+
+class AttentionGate(nn.Module):
+    """One weight in (0, 1) for each attention map ("adaptive attention fusion")."""
+
+    def __init__(self, num_maps: int, reduction: int, pool: Literal["avg", "max"]) -> None:
+        super().__init__()
+        hidden = max(1, num_maps // reduction)
+        self.pool = pool
+        self.squeeze = nn.Linear(num_maps, hidden, bias=False)
+        self.excite = nn.Linear(hidden, num_maps, bias=False)
+
+    def forward(self, attentions: Float[Tensor, "b m t t"]) -> Float[Tensor, "b m"]:
+        """The weights of m maps."""
+        flat = attentions.flatten(2)
+        pooled = flat.mean(dim=2) if self.pool == "avg" else flat.amax(dim=2)
+        return self.excite(self.squeeze(pooled).relu()).sigmoid()
+
+
+class WeakTr(nn.Module):
+    """The classifier.
+
+    Args:
+        config: Sizes.
+        num_classes: Classes, at least 1.
+        patch_embed: Another embedding of the image than plain patches.
+    """
+
+    def __init__(
+        self, config: WeakTrConfig, num_classes: int, patch_embed: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.vit = ClassTokenVit(config.vit, num_classes, patch_embed)
+        self.head = nn.Conv2d(config.vit.dim, num_classes, 3, padding=1)
+        num_maps = config.vit.depth * config.vit.num_heads
+        self.gate = AttentionGate(num_maps, config.gate_reduction, config.gate_pool)
+
+    def forward(self, image: Float[Tensor, "b 3 h w"]) -> WeakTrOutput:
+        """Logits and maps of normalised RGB images."""
+        features = self.vit(image)
+        activation = self.head(features.patch_tokens)
+        coarse_maps = activation.detach().relu()
+        fine_maps = self._fine_maps(features, coarse_maps)
+        return WeakTrOutput(
+            class_logits=features.class_tokens.mean(dim=2),
+            coarse_logits=activation.mean(dim=(2, 3)),
+            fine_logits=fine_maps.mean(dim=(2, 3)),
+            coarse_maps=coarse_maps,
+            fine_maps=fine_maps,
+            cross_maps=self._class_to_patch(features.attentions, coarse_maps.shape[2]),
+        )
+
+    def _fine_maps(
+        self, features: VitFeatures, coarse_maps: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, "b c h w"]:
+        """Patch attention times (class attention x coarse map), after gating; only the gate
+        learns from it.
+        """
+        classes = self.num_classes
+        maps = features.attentions.detach().flatten(1, 2)
+        weights = self.gate(maps) / maps.shape[1]
+        fused = torch.einsum("bm,bmij->bij", weights, maps)
+        class_to_patch, patch_to_patch = fused[:, :classes, classes:], fused[:, classes:, classes:]
+        weighed = class_to_patch * coarse_maps.flatten(2)
+        spread = torch.einsum("bij,bcj->bci", patch_to_patch, weighed)
+        return spread.unflatten(2, coarse_maps.shape[2:])
+
+    def _class_to_patch(
+        self, attentions: Float[Tensor, "b k n t t"], height: int
+    ) -> Float[Tensor, "b k n c h w"]:
+        classes = self.num_classes
+        return attentions[..., :classes, classes:].unflatten(-1, (height, -1))
+
+
+def weaktr_loss(
+    output: WeakTrOutput, tags: Float[Tensor, "b c"]
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    """Sum of the multilabel losses of the three logits, and each by name.
+
+    Args:
+        output: Of the same images.
+        tags: 1 where the image has the class, else 0.
+    """
+    losses = {
+        name: functional.multilabel_soft_margin_loss(logits.float(), tags)
+        for name, logits in (
+            ("class", output.class_logits),
+            ("coarse", output.coarse_logits),
+            ("fine", output.fine_logits),
+        )
+    }
+    total = torch.stack([*losses.values()]).sum()
+    return total, {name: loss.item() for name, loss in losses.items()}
+
+
+def attention_layers(depth: int) -> tuple[int, ...]:
+    """The layers whose class attention gives peaks: 8 and 9 (from 0) of 12, the like share of
+    others; at least one.
+
+    Source:
+        The released code reads layers 8 and 9; the paper writes of all layers.
+    """
+    first, stop = 8 * depth // 12, 10 * depth // 12
+    return tuple(range(min(first, depth - 1), max(stop, min(first, depth - 1) + 1)))
