@@ -1,0 +1,310 @@
+"""Train Faster R-CNN on boxes, true or pseudo: ``python -m training.retrain_detector --help``.
+
+Writes ``detector.safetensors`` (weights, and the model's config as metadata) and, with ``--val``,
+``detections.json`` and a report of the deployed form of the model. A killed run resumes.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from training.data.coco import CocoFolder, load_coco_folder
+from training.data.results import write_detections
+from training.data.views import FramedImage, ViewConfig, frame_image, random_view
+from training.detect import DetectConfig, detect_folder
+from training.engine.checkpoint import (
+    load_checkpoint,
+    load_metadata,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
+from training.engine.stage import Stage, open_stage
+from training.evaluate import summary, write_report
+from training.models.detector_adapter import DetectorAdapter
+from training.models.squeezenet import load_imagenet_squeezenet
+from training.retraining.faster_rcnn import DetectorLosses, FasterRcnn, FasterRcnnConfig
+from training.retraining.roi_drop import (
+    RoiDropConfig,
+    drop_statistics,
+    keep_all_rois,
+    keep_trusted_rois,
+    reduce_roi_losses,
+)
+
+_LOGGER = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "detector.safetensors"
+DETECTIONS_NAME = "detections.json"
+_CHECKPOINT_NAME = "checkpoint.safetensors"
+_FROZEN_LAYERS = ("conv1", "fire2", "fire3", "fire4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorRecipe:
+    """Everything that decides the trained weights, besides the data."""
+
+    model: FasterRcnnConfig = field(default_factory=FasterRcnnConfig)
+    view: ViewConfig = field(default_factory=ViewConfig)
+    roi_drop: RoiDropConfig = field(default_factory=RoiDropConfig)
+    detect: DetectConfig = field(default_factory=DetectConfig)
+    epochs: int = 12
+    """Passes over the images that have boxes."""
+    batch_size: int = 8
+    """Images per step."""
+    learning_rate: float = 1e-3
+    """Peak rate of AdamW for the new layers."""
+    trunk_rate: float = 0.1
+    """Rate of the pretrained trunk relative to ``learning_rate``."""
+    weight_decay: float = 0.01
+    """Of matrices and kernels; biases and norms have none."""
+    warmup_steps: int = 60
+    """Steps of linear warm-up; then the rate falls to 0 along a cosine."""
+    max_gradient_norm: float = 5.0
+    """Gradients are scaled down to this norm."""
+    freeze_early_trunk: bool = True
+    """Leave conv1 to fire4 as pretrained: edges and textures, and half of the time."""
+    seed: int = 0
+    """Of initial weights, order and views."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainDetectorConfig:
+    """Train a detector from boxes."""
+
+    data: Path
+    """Folder with ``images/`` and ``instances.json``."""
+    output: Path
+    """Folder of this stage."""
+    annotations: Path | None = None
+    """Boxes to train on instead of the folder's own, for example pseudo boxes."""
+    val: Path | None = None
+    """Folder to evaluate on at the end."""
+    trunk_weights: Path | None = None
+    """Pretrained SqueezeNet 1.0; without it the trunk starts at random and is not frozen."""
+    recipe: DetectorRecipe = field(default_factory=DetectorRecipe)
+
+
+def main(config: RetrainDetectorConfig) -> None:
+    """Run the stage."""
+    inputs = {"data": config.data}
+    for name in ("annotations", "val", "trunk_weights"):
+        if (path := getattr(config, name)) is not None:
+            inputs[name] = path
+    stage = open_stage("retrain_detector", config.output, config=config.recipe, inputs=inputs)
+    if stage.finished:
+        return
+    folder = load_coco_folder(config.data, annotations=config.annotations)
+    model = train(stage, folder, config.recipe, config.trunk_weights)
+    metadata = {"model": asdict(config.recipe.model), "class_names": folder.class_names}
+    save_weights(stage.directory / WEIGHTS_NAME, model.state_dict(), metadata)
+    outputs, metrics = [WEIGHTS_NAME], {}
+    if config.val is not None:
+        metrics["val"] = _evaluate(stage, model, config.val, folder.class_names, config.recipe)
+        outputs.append(DETECTIONS_NAME)
+    stage.finish(outputs=outputs, metrics=metrics)
+    (stage.directory / _CHECKPOINT_NAME).unlink(missing_ok=True)
+
+
+def load_detector(path: Path) -> tuple[FasterRcnn, tuple[str, ...]]:
+    """The model that this stage wrote, in evaluation mode, and its class names."""
+    metadata = load_metadata(path)
+    class_names = tuple(metadata["class_names"])
+    sizes = dict(metadata["model"])
+    sizes["anchor_sizes"] = tuple(tuple(level) for level in sizes["anchor_sizes"])
+    sizes["aspect_ratios"] = tuple(sizes["aspect_ratios"])
+    model = FasterRcnn(FasterRcnnConfig(**sizes), len(class_names))
+    model.load_state_dict(load_weights(path))
+    return model.eval(), class_names
+
+
+def train(
+    stage: Stage, folder: CocoFolder, recipe: DetectorRecipe, trunk_weights: Path | None
+) -> FasterRcnn:
+    """Train from the beginning or from the checkpoint in the stage's folder; gives the model in
+    evaluation mode.
+
+    Raises:
+        ValueError: No image has a box.
+    """
+    images = load_framed_images(folder, recipe.model.image_size)
+    if not images:
+        raise ValueError(f"{folder.root}: no image has a box to train on; check the annotations")
+    torch.manual_seed(recipe.seed)
+    trunk = None if trunk_weights is None else load_imagenet_squeezenet(trunk_weights)
+    model = FasterRcnn(recipe.model, len(folder.class_names), trunk)
+    if recipe.freeze_early_trunk and trunk is not None:
+        for name in _FROZEN_LAYERS:
+            model.trunk.get_submodule(name).requires_grad_(False)
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = AdamW(parameter_groups(model, recipe), lr=recipe.learning_rate)
+    checkpoint = stage.directory / _CHECKPOINT_NAME
+    done = 0
+    if checkpoint.exists():
+        done, _ = load_checkpoint(checkpoint, modules={"model": model}, optimizer=optimizer)
+        _LOGGER.info("resuming after step %d", done)
+    steps_per_epoch = -(-len(images) // recipe.batch_size)
+    num_steps = recipe.epochs * steps_per_epoch
+    model.train()
+    with _progress() as progress:
+        task = progress.add_task("train detector", total=num_steps, completed=done)
+        for step in range(done, num_steps):
+            batch = batch_of_step(images, recipe, step)
+            scalars = train_step(model, optimizer, batch, recipe, step, num_steps)
+            stage.log_metrics(step=step, **scalars)
+            progress.update(task, advance=1, description=f"loss {scalars['loss']:.3f}")
+            if (step + 1) % steps_per_epoch == 0:
+                save_checkpoint(
+                    checkpoint, modules={"model": model}, optimizer=optimizer, step=step + 1
+                )
+    return model.eval()
+
+
+def load_framed_images(folder: CocoFolder, frame_side: int) -> list[FramedImage]:
+    """All images that have a box, in the model frame, without crowd boxes."""
+    return [
+        frame_image(
+            record.image(),
+            record.boxes[~record.is_crowd],
+            record.labels[~record.is_crowd],
+            frame_side=frame_side,
+        )
+        for record in folder.records
+        if (~record.is_crowd).any()
+    ]
+
+
+def batch_of_step(
+    images: Sequence[FramedImage], recipe: DetectorRecipe, step: int
+) -> list[FramedImage]:
+    """The random views of one step; they depend on the seed and the step only."""
+    steps_per_epoch = -(-len(images) // recipe.batch_size)
+    epoch, position = divmod(step, steps_per_epoch)
+    order = np.random.default_rng((recipe.seed, epoch)).permutation(len(images))
+    chosen = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
+    generator = np.random.default_rng((recipe.seed, epoch, position))
+    return [random_view(images[index], recipe.view, generator) for index in chosen]
+
+
+def train_step(
+    model: FasterRcnn,
+    optimizer: AdamW,
+    batch: Sequence[FramedImage],
+    recipe: DetectorRecipe,
+    step: int,
+    num_steps: int,
+) -> dict[str, float]:
+    """One optimiser step; gives the scalars to log."""
+    factor = rate_factor(step, num_steps, recipe.warmup_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    pixels = torch.from_numpy(np.stack([view.pixels for view in batch]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model.training_losses(
+            pixels.permute(0, 3, 1, 2).float(),
+            [torch.from_numpy(view.boxes) for view in batch],
+            [torch.from_numpy(view.labels) for view in batch],
+        )
+    total, scalars = total_loss(losses, recipe.roi_drop, step, num_steps)
+    optimizer.zero_grad()
+    total.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
+    optimizer.step()
+    return scalars
+
+
+def total_loss(
+    losses: DetectorLosses, roi_drop: RoiDropConfig, step: int, num_steps: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Sum of the four losses with RoI drop once it has begun, and what to log."""
+    if roi_drop.is_active(step, num_steps):
+        kept = keep_trusted_rois(losses.rois, roi_drop)
+    else:
+        kept = keep_all_rois(losses.rois)
+    rois = reduce_roi_losses(losses.rois, kept)
+    total = losses.objectness + losses.rpn_box + rois.classification + rois.regression
+    scalars = {
+        "loss": total.item(),
+        "objectness": losses.objectness.item(),
+        "rpn_box": losses.rpn_box.item(),
+        "classification": rois.classification.item(),
+        "regression": rois.regression.item(),
+        **drop_statistics(losses.rois, kept),
+    }
+    return total, scalars
+
+
+def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
+    """Linear warm-up, then a cosine from 1 to 0; ``step`` is 0-based."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    share = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+def parameter_groups(model: FasterRcnn, recipe: DetectorRecipe) -> list[dict[str, Any]]:
+    """Trunk and new layers by their rates, with and without weight decay."""
+    groups = []
+    for is_trunk in (False, True):
+        peak = recipe.learning_rate * (recipe.trunk_rate if is_trunk else 1.0)
+        for decays in (False, True):
+            parameters = [
+                parameter
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+                and name.startswith("trunk.") == is_trunk
+                and (parameter.ndim > 1) == decays
+            ]
+            decay = recipe.weight_decay if decays else 0.0
+            groups.append({"params": parameters, "peak_lr": peak, "weight_decay": decay})
+    return groups
+
+
+def _evaluate(
+    stage: Stage,
+    model: FasterRcnn,
+    val: Path,
+    class_names: tuple[str, ...],
+    recipe: DetectorRecipe,
+) -> dict[str, float | None]:
+    folder = load_coco_folder(val, classes=class_names)
+    adapter = DetectorAdapter(model).eval()
+    detections = detect_folder(
+        adapter, folder, image_size=recipe.model.image_size, config=recipe.detect
+    )
+    write_detections(stage.directory / DETECTIONS_NAME, detections, folder=folder)
+    report = summary(write_report(stage.directory, folder, detections))
+    _LOGGER.info("%s: %s", val, report)
+    return report
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(tyro.cli(RetrainDetectorConfig, description=__doc__))

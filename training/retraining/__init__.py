@@ -1,0 +1,1 @@
+"""Detectors trained on boxes, true or pseudo, and what protects them from wrong pseudo boxes."""

@@ -1,0 +1,314 @@
+"""A small Faster R-CNN: SqueezeNet trunk, feature pyramid, torchvision's RPN and RoI sampling.
+
+It knows images and boxes of the model frame (a square; padding at the right and bottom). It gives
+per-RoI losses to the training loop; inference goes through ``training.models.detector_adapter``,
+so that what is measured is what is deployed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import roi_align
+
+from training.models.squeezenet import PIXEL_MEAN, PIXEL_STD, SqueezeNetFeatures
+from training.retraining.roi_drop import RoiLosses
+
+STRIDES = (8, 16, 32)
+"""Of the pyramid's levels, in pixels of the model frame."""
+ROI_SIZE = 7
+"""Cells along a side of a pooled RoI."""
+ROI_STRIDE = 8
+"""Stride of the map that RoIs are pooled from."""
+SAMPLING_RATIO = 2
+"""Samples along a side of a cell."""
+BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+"""Scales of the encoded centre and size offsets in the RoI head."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FasterRcnnConfig:
+    """Sizes of the network and of its sampling."""
+
+    image_size: int = 384
+    """Side of the square input in pixels, a multiple of 32."""
+    neck_channels: int = 128
+    """Channels of the pyramid, a multiple of 16."""
+    roi_channels: int = 96
+    """Channels of the map that RoIs are pooled from, a multiple of 16."""
+    head_width: int = 256
+    """Width of the two fully-connected layers of the RoI head."""
+    anchor_sizes: tuple[tuple[int, ...], ...] = ((24, 40), (68, 110), (176, 280))
+    """Square roots of the anchors' areas in pixels, by level (strides 8, 16, 32)."""
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height over width of the anchors."""
+    rois_per_image: int = 64
+    """RoIs sampled for the loss of the head."""
+    foreground_share: float = 0.25
+    """Highest share of foreground among them, in (0, 1]."""
+    proposals_per_image: int = 300
+    """RPN boxes kept after suppression while training."""
+
+    def __post_init__(self) -> None:
+        if self.image_size % 32 or self.neck_channels % 16 or self.roi_channels % 16:
+            raise ValueError(
+                f"image_size must be a multiple of 32 and channels of 16, got {self.image_size}, "
+                f"{self.neck_channels}, {self.roi_channels}"
+            )
+        if len(self.anchor_sizes) != len(STRIDES) or len(set(map(len, self.anchor_sizes))) != 1:
+            raise ValueError(
+                f"anchor_sizes needs {len(STRIDES)} levels of equal length, got {self.anchor_sizes}"
+            )
+
+    @property
+    def anchors_per_cell(self) -> int:
+        """Anchors at each cell of each level."""
+        return len(self.anchor_sizes[0]) * len(self.aspect_ratios)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorFeatures:
+    """What the heads read."""
+
+    levels: tuple[
+        Float[Tensor, "b c h8 w8"], Float[Tensor, "b c h16 w16"], Float[Tensor, "b c h32 w32"]
+    ]
+    """For the RPN, at ``STRIDES``."""
+    roi_map: Float[Tensor, "b r h8 w8"]
+    """For the RoI head, at ``ROI_STRIDE``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorLosses:
+    """Losses of a batch; the RoI losses are not reduced, so that the loop may drop some."""
+
+    objectness: Float[Tensor, ""]
+    rpn_box: Float[Tensor, ""]
+    rois: RoiLosses
+
+
+class FeaturePyramid(nn.Module):
+    """Laterals from strides 8 and 16, context at stride 32, summed from coarse to fine."""
+
+    def __init__(self, in_channels: tuple[int, int, int], config: FasterRcnnConfig) -> None:
+        super().__init__()
+        channels = config.neck_channels
+        self.lateral8 = _conv_norm(in_channels[1], channels, 1)
+        self.lateral16 = _conv_norm(in_channels[2], channels, 1)
+        self.down32 = _conv_norm(channels, channels, 3, stride=2)
+        self.context32 = _conv_norm(channels, channels, 3)
+        self.output16 = _conv_norm(channels, channels, 3)
+        self.output8 = _conv_norm(channels, channels, 3)
+        self.roi_map = _conv_norm(channels, config.roi_channels, 1)
+
+    def forward(
+        self, stride8: Float[Tensor, "b c8 h8 w8"], stride16: Float[Tensor, "b c16 h16 w16"]
+    ) -> DetectorFeatures:
+        """The pyramid of trunk features; sides at stride 16 must be even."""
+        lateral16 = self.lateral16(stride16)
+        level32 = functional.relu(self.down32(functional.relu(lateral16)))
+        level32 = functional.relu(self.context32(level32) + level32)
+        sum16 = lateral16 + _double(level32)
+        level16 = functional.relu(self.output16(sum16))
+        sum8 = self.lateral8(stride8) + _double(level16)
+        level8 = functional.relu(self.output8(sum8))
+        return DetectorFeatures(
+            levels=(level8, level16, level32), roi_map=functional.relu(self.roi_map(level8))
+        )
+
+
+class RpnHead(nn.Module):
+    """Objectness and box offsets of the anchors of every cell; results are float32."""
+
+    def __init__(self, config: FasterRcnnConfig) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(config.neck_channels, config.neck_channels, 3, padding=1)
+        self.objectness = nn.Conv2d(config.neck_channels, config.anchors_per_cell, 1)
+        self.offsets = nn.Conv2d(config.neck_channels, 4 * config.anchors_per_cell, 1)
+        for layer in (self.objectness, self.offsets):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.constant_(layer.bias, 0.0)  # type: ignore[arg-type]
+
+    def forward(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """By level: logits [b, a, h, w] and offsets [b, 4a, h, w] (the form torchvision's RPN
+        expects).
+        """
+        hidden = [functional.relu(self.conv(level)) for level in levels]
+        return [self.objectness(x).float() for x in hidden], [
+            self.offsets(x).float() for x in hidden
+        ]
+
+
+class RoiBoxHead(nn.Module):
+    """Class logits and class-specific box offsets of pooled RoIs; background is class 0."""
+
+    def __init__(self, config: FasterRcnnConfig, num_classes: int) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(
+            nn.Linear(config.roi_channels * ROI_SIZE**2, config.head_width),
+            nn.ReLU(),
+            nn.Linear(config.head_width, config.head_width),
+            nn.ReLU(),
+        )
+        self.classes = nn.Linear(config.head_width, num_classes + 1)
+        self.offsets = nn.Linear(config.head_width, 4 * (num_classes + 1))
+        nn.init.normal_(self.classes.weight, std=0.01)
+        nn.init.normal_(self.offsets.weight, std=0.001)
+        nn.init.zeros_(self.classes.bias)
+        nn.init.zeros_(self.offsets.bias)
+
+    def forward(
+        self, pooled: Float[Tensor, "n c 7 7"]
+    ) -> tuple[Float[Tensor, "n classes"], Float[Tensor, "n offsets"]]:
+        """Logits [n, classes + 1] and offsets [n, 4 * (classes + 1)], float32."""
+        hidden = self.hidden(pooled.flatten(1))
+        return self.classes(hidden).float(), self.offsets(hidden).float()
+
+
+class FasterRcnn(nn.Module):
+    """The detector; ``training_losses`` trains it, ``DetectorAdapter`` runs it."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self, config: FasterRcnnConfig, num_classes: int, trunk: SqueezeNetFeatures | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.trunk = SqueezeNetFeatures() if trunk is None else trunk
+        self.neck = FeaturePyramid(self.trunk.out_channels, config)
+        self.anchor_generator = AnchorGenerator(
+            config.anchor_sizes, (config.aspect_ratios,) * len(STRIDES)
+        )
+        self.rpn = RegionProposalNetwork(
+            self.anchor_generator, RpnHead(config),
+            fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=128, positive_fraction=0.5,
+            pre_nms_top_n={"training": 600, "testing": 600},
+            post_nms_top_n=dict.fromkeys(("training", "testing"), config.proposals_per_image),
+            nms_thresh=0.7,
+        )  # fmt: skip
+        self.box_head = RoiBoxHead(config, num_classes)
+        self._sampler = _RoiSampler(config)
+        self.register_buffer("pixel_mean", _per_channel(PIXEL_MEAN), persistent=False)
+        self.register_buffer("pixel_std", _per_channel(PIXEL_STD), persistent=False)
+
+    def features(self, images: Float[Tensor, "b 3 s s"]) -> DetectorFeatures:
+        """Features of RGB in [0, 255]."""
+        pyramid = self.trunk((images - self.pixel_mean) / self.pixel_std)
+        features: DetectorFeatures = self.neck(pyramid.stride8, pyramid.stride16)
+        return features
+
+    def anchors(self) -> tuple[Float[Tensor, "n 4"], ...]:
+        """The anchors of each level in the order (row, column, anchor), XYXY in the model frame."""
+        side = self.config.image_size
+        levels = [torch.zeros(1, 1, side // stride, side // stride) for stride in STRIDES]
+        images = ImageList(torch.zeros(1, 3, side, side), [(side, side)])
+        (joined,) = self.anchor_generator(images, levels)
+        sizes = [level.shape[-1] ** 2 * self.config.anchors_per_cell for level in levels]
+        return tuple(joined.split(sizes))
+
+    def training_losses(
+        self,
+        images: Float[Tensor, "b 3 s s"],
+        boxes: Sequence[Float[Tensor, "_ 4"]],
+        labels: Sequence[Int64[Tensor, " _"]],
+    ) -> DetectorLosses:
+        """Losses of one batch.
+
+        Args:
+            images: RGB in [0, 255], padded with zeros.
+            boxes: By image: XYXY in the model frame, may be empty.
+            labels: By image: 0-based classes.
+        """
+        side = images.shape[-1]
+        features = self.features(images)
+        targets = [{"boxes": b, "labels": n + 1} for b, n in zip(boxes, labels, strict=True)]
+        proposals, rpn_losses = self.rpn(
+            ImageList(images, [(side, side)] * len(images)),
+            {str(stride): level for stride, level in zip(STRIDES, features.levels, strict=True)},
+            targets,
+        )
+        rois, roi_labels, roi_targets = self._sampler.sample(proposals, targets)
+        logits, offsets = self.box_head(pool_rois(features.roi_map, rois))
+        return DetectorLosses(
+            objectness=rpn_losses["loss_objectness"],
+            rpn_box=rpn_losses["loss_rpn_box_reg"],
+            rois=roi_losses(logits, offsets, roi_labels, roi_targets),
+        )
+
+
+def pool_rois(
+    roi_map: Float[Tensor, "b c h w"], rois: Sequence[Float[Tensor, "_ 4"]]
+) -> Float[Tensor, "n c 7 7"]:
+    """Pooled features of the RoIs (by image, XYXY in the model frame), float32."""
+    pooled: Tensor = roi_align(
+        roi_map.float(), list(rois), ROI_SIZE, 1 / ROI_STRIDE, SAMPLING_RATIO, aligned=True
+    )
+    return pooled
+
+
+def roi_losses(
+    logits: Float[Tensor, "n classes"],
+    offsets: Float[Tensor, "n offsets"],
+    labels: Int64[Tensor, " n"],
+    targets: Float[Tensor, "n 4"],
+) -> RoiLosses:
+    """Losses of every RoI: cross-entropy, and the absolute errors of the offsets of its own class.
+
+    Args:
+        logits: Background first.
+        offsets: Four per class, background first.
+        labels: 0 is background.
+        targets: Encoded boxes; read for foreground only.
+    """
+    own = offsets.unflatten(1, (-1, 4))[torch.arange(len(labels)), labels]
+    is_foreground = labels > 0
+    errors = (own - targets).abs().sum(dim=1)
+    return RoiLosses(
+        classification=functional.cross_entropy(logits, labels, reduction="none"),
+        regression=torch.where(is_foreground, errors, torch.zeros_like(errors)),
+        is_foreground=is_foreground,
+    )
+
+
+class _RoiSampler(RoIHeads):  # type: ignore[misc]
+    """torchvision's matching and sampling of RoIs; its own heads and losses are not used."""
+
+    def __init__(self, config: FasterRcnnConfig) -> None:
+        super().__init__(
+            None, None, None,
+            fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=config.rois_per_image,
+            positive_fraction=config.foreground_share, bbox_reg_weights=BOX_WEIGHTS,
+            score_thresh=0.0, nms_thresh=0.5, detections_per_img=1,
+        )  # fmt: skip
+
+    def sample(
+        self, proposals: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        rois, _, labels, encoded = self.select_training_samples(proposals, targets)
+        return rois, torch.cat(labels), torch.cat(encoded)
+
+
+def _conv_norm(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Module:
+    conv = nn.Conv2d(
+        in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False
+    )
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.GroupNorm(out_channels // 16, out_channels))
+
+
+def _double(x: Tensor) -> Tensor:
+    return functional.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _per_channel(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values).reshape(1, 3, 1, 1)
