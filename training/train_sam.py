@@ -1,9 +1,8 @@
-"""Train a SAM on masks without classes: ``python -m training.train_sam --output DIR --data DIR
-...``.
+"""Train a SAM on masks without classes: ``python -m training.train_sam --output DIR --data DIR``.
 
-Boxes and masks of the training splits are used here only, for a segmenter that knows no class;
-the weakly-supervised
-stages see the result, never the masks. With ``--teacher`` the same loop distils a larger SAM.
+Boxes and masks of the training splits are used here only, for a segmenter that knows no class; the
+weakly-supervised stages see the result, never the masks. With ``--teacher`` the same loop distils a
+larger SAM.
 """
 
 import copy
@@ -53,6 +52,7 @@ from training.models.sam import (
     load_sam,
     save_sam,
 )
+from training.models.sam_adapters import normalize_images
 from training.models.sam_loss import SamLoss, SamLossConfig, distillation_loss, sam_loss
 from training.models.squeezenet import load_imagenet_squeezenet
 
@@ -245,9 +245,7 @@ def learning_rate(step: int, recipe: SamRecipe) -> float:
 def draw_batch(
     folders: Sequence[Sequence[MaskedImage]], recipe: SamRecipe, step: int
 ) -> list[PromptSample]:
-    """The samples of one step: a function of data, recipe and step, so a resumed run sees the
-    same.
-    """
+    """The samples of one step: a function of data, recipe and step, the same after a resume."""
     generator = np.random.default_rng([recipe.seed, step])
     weights = np.array(recipe.folder_weights or [math.sqrt(len(f)) for f in folders])
     if len(weights) != len(folders):
@@ -312,7 +310,7 @@ def batch_loss(
     sam = training.sam
     device_type = batch.images.device.type
     with torch.autocast(device_type, dtype=torch.bfloat16, enabled=recipe.mixed_precision):
-        images = normalize_images(sam, batch.images, batch.valid_size)
+        images = _normalized(sam, batch.images, batch.valid_size)
         embeddings = sam.image_encoder(images)
         prediction = predict(sam, embeddings, batch.point_coords, batch.point_labels)
     loss = sam_loss(prediction, batch.coverage, ~batch.is_box, recipe.loss)
@@ -325,23 +323,6 @@ def batch_loss(
     if training.teacher is not None:
         total = total + _distill(training.teacher, batch, embeddings, prediction, recipe)
     return total, loss
-
-
-def normalize_images(sam: Sam, images: Tensor, valid_size: Tensor) -> Tensor:
-    """Normalised images, zero beyond the picture: ``Sam.preprocess`` for a batch.
-
-    Args:
-        sam: Gives mean and deviation.
-        images: [b, 3, s, s], RGB in 0..255; anything beyond the picture.
-        valid_size: [b, 2], (height, width) of the picture in the frame.
-    """
-    normalized = (images - sam.pixel_mean) / sam.pixel_std
-    rows = torch.arange(images.shape[2], device=images.device)
-    columns = torch.arange(images.shape[3], device=images.device)
-    inside = (rows[:, None] < valid_size[:, 0, None, None]) & (
-        columns < valid_size[:, 1, None, None]
-    )
-    return torch.where(inside.unsqueeze(1), normalized, 0.0)
 
 
 def predict(
@@ -366,8 +347,7 @@ def add_correcting_click(batch: SamBatch, logits: Tensor) -> tuple[Tensor, Tenso
     """Prompts of three tokens: the old one and a click where ``logits`` [b * p, h, w] are wrong.
 
     The order is that of ``PromptEncoder``: clicks, then padding or box corners. Where nothing is
-    wrong, the click is at
-    a random place with its true label.
+    wrong, the click is at a random place with its true label.
     """
     truth = batch.coverage >= 0.5
     wrong = ((logits > 0) != truth).flatten(1).float()
@@ -402,9 +382,7 @@ def update_average_(average: nn.Module, module: nn.Module, decay: float) -> None
 def _refine(
     sam: Sam, embeddings: Tensor, batch: SamBatch, prediction: MaskPrediction
 ) -> MaskPrediction:
-    """The prediction after one correcting click, with the chosen mask of ``prediction`` as
-    input.
-    """
+    """The prediction after one correcting click, with the chosen mask as input."""
     scores = prediction.iou_predictions.detach().float()
     best = torch.where(batch.is_box, 0, 1 + scores[:, 1:].argmax(dim=1))
     rows = torch.arange(len(best), device=best.device)
@@ -426,14 +404,18 @@ def _distill(
         images = functional.interpolate(
             batch.images.float(), (side, side), mode="bilinear", align_corners=False
         )
-        images = normalize_images(teacher, images, (batch.valid_size * scale).round().int())
-        seen = teacher.image_encoder(images)
+        valid_size = (batch.valid_size * scale).round().int()
+        seen = teacher.image_encoder(_normalized(teacher, images, valid_size))
         coords = (batch.point_coords + 0.5) * scale - 0.5
         target = predict(teacher, seen, coords, batch.point_labels)
     loss = recipe.distill_weight * distillation_loss(prediction, target, recipe.loss)
     if seen.shape == embeddings.shape:
         loss = loss + recipe.embedding_weight * functional.mse_loss(embeddings.float(), seen)
     return loss
+
+
+def _normalized(sam: Sam, images: Tensor, valid_size: Tensor) -> Tensor:
+    return normalize_images(images, valid_size, mean=sam.pixel_mean, std=sam.pixel_std)
 
 
 def _dense_positions(sam: Sam) -> Tensor:

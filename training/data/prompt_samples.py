@@ -18,6 +18,7 @@ from training.data.coco import ImageRecord, load_coco_folder
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _MAX_TRIES = 8
+_INSIDE = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +92,8 @@ def masked_image(record: ImageRecord, longest_side: int) -> MaskedImage:
     """Decode one record and reduce it; crowds and masks that vanish are left out."""
     height, width = fit_inside(record.image_size, longest_side, enlarge=False)
     masks = [
-        _resize(m.view(np.uint8) * np.uint8(255), height, width) >= 128 for m in _instances(record)
+        _resize(m.view(np.uint8) * np.uint8(255), height, width) >= _INSIDE
+        for m in _instances(record)
     ]
     return MaskedImage(
         image=_resize(record.image(), height, width),
@@ -131,7 +133,8 @@ def draw_sample(
     """
     view, soft_masks = _draw_view(image, frame_size, num_prompts, augment, generator)
     chosen = [soft_masks[i % len(soft_masks)] for i in range(num_prompts)]
-    drawn = [draw_prompt(mask >= 128, prompts, generator) for mask in chosen]
+    insides = [mask >= min(_INSIDE, mask.max()) for mask in chosen]
+    drawn = [draw_prompt(inside, prompts, generator) for inside in insides]
     stacked = np.stack(chosen).astype(np.float32) / 255
     half = frame_size // 2
     canvas = np.zeros((frame_size, frame_size, 3), dtype=np.uint8)
@@ -218,7 +221,6 @@ def _draw_view(
     generator: np.random.Generator,
 ) -> tuple[NDArray[np.uint8], list[NDArray[np.uint8]]]:
     """A view in which masks are visible, and 1 to ``num_masks`` of them, soft, in the frame."""
-    masks: NDArray[np.uint8] = np.ascontiguousarray(coco_mask.decode(list(image.rles)))
     for attempt in range(_MAX_TRIES + 1):
         whole = attempt == _MAX_TRIES or generator.random() < config.whole_probability
         shrinks = attempt < _MAX_TRIES and generator.random() < config.shrink_probability
@@ -227,33 +229,19 @@ def _draw_view(
         height, width = image.image[crop].shape[:2]
         size = fit_inside((height, width), max(1, round(frame_size * share)))
         flip = slice(None, None, -1 if generator.random() < 0.5 else 1)
-        # Whatever the last try shows is taken, so that every image gives a sample.
-        min_area = 1 if attempt == _MAX_TRIES else config.min_area
-        soft = _visible_masks(
-            masks[crop][:, flip], size, frame_size, num_masks, min_area, generator
-        )
+        # The last try takes whatever there is, so that every image gives a sample.
+        level, min_area = (1, 1) if attempt == _MAX_TRIES else (_INSIDE, config.min_area)
+        soft: list[NDArray[np.uint8]] = []
+        for index in generator.permutation(len(image.rles)):
+            cropped = coco_mask.decode(image.rles[index])[crop][:, flip]
+            mask = _into_frame(cropped * np.uint8(255), size, frame_size)
+            if (mask >= level).sum() >= min_area:
+                soft.append(mask)
+            if len(soft) == num_masks:
+                break
         if soft:
             break
     return _resize(image.image[crop][:, flip], *size), soft
-
-
-def _visible_masks(
-    masks: NDArray[np.uint8],
-    size: tuple[int, int],
-    frame_size: int,
-    num_masks: int,
-    min_area: int,
-    generator: np.random.Generator,
-) -> list[NDArray[np.uint8]]:
-    """Up to ``num_masks`` masks in random order that cover ``min_area`` pixels of the frame."""
-    found: list[NDArray[np.uint8]] = []
-    for index in generator.permutation(np.flatnonzero(masks.any(axis=(0, 1)))):
-        soft = _into_frame(masks[..., index] * np.uint8(255), size, frame_size)
-        if (soft >= 128).sum() >= min_area:
-            found.append(soft)
-        if len(found) == num_masks:
-            break
-    return found
 
 
 def _whole(image: MaskedImage) -> tuple[slice, slice]:

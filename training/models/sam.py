@@ -1,5 +1,4 @@
-"""Segment Anything at every size from one builder: this project's compact SAM and the official
-ViTs.
+"""Segment Anything at every size from one builder: our compact SAM and the official ViTs.
 
 Prompt encoder, two-way transformer and mask decoder are always those of the ``segment-anything``
 package, so checkpoints keep their names and shapes. What this module adds: a small convolutional

@@ -1,5 +1,4 @@
-"""The loss that trains a SAM: focal and dice on masks, squared error on predicted IoU, least-of-
-three for ambiguity.
+"""The loss that trains a SAM: focal and dice on masks, squared error on predicted IoU.
 
 Pure functions of tensors; nothing here knows images or prompts beyond what kind each prompt is.
 """
@@ -26,9 +25,7 @@ class SamLossConfig:
     iou: float = 1.0
     """Of the squared error of the predicted IoU."""
     other_token: float = 0.5
-    """Of the output that the prompt does not ask for (single mask at points, multimask at
-    boxes).
-    """
+    """Of the output not asked for (the single mask at points, the multimask at boxes)."""
     losing_masks: float = 0.05
     """Of the mean over the three masks beside their minimum, so that no mask token starves."""
 
@@ -55,14 +52,12 @@ def sam_loss(
         prediction: Of the decoder, masks at the resolution of ``coverage``.
         coverage: The share of each cell inside the object, in [0, 1].
         is_ambiguous: True for one-point prompts: the best of masks 1 to 3 counts. False for boxes
-            and several clicks:
-            mask 0 counts.
+            and several clicks: mask 0 counts.
         config: Weights.
 
     Source:
         Segment Anything (arXiv:2304.02643), appendix A; here the output not asked for is trained
-        too, with less weight, and
-        targets are fractional at the border.
+        too, with less weight, and targets are fractional at the border.
     """
     logits = prediction.low_res_logits.float()
     target = coverage.unsqueeze(1)
@@ -79,13 +74,12 @@ def sam_loss(
 
 
 def focal_loss(
-    logits: Float[Tensor, "p m h w"], target: Float[Tensor, "p #m h w"]
+    logits: Float[Tensor, "p m h w"], target: Float[Tensor, "p n h w"]
 ) -> Float[Tensor, "p m"]:
     """Mean focal loss per mask (alpha 0.25, gamma 2); targets may be fractional.
 
     Source:
-        Focal loss (arXiv:1708.02002), with the modulating factor as the distance between
-        probability and target.
+        Focal loss (arXiv:1708.02002); the distance between probability and target modulates it.
     """
     target = target.expand_as(logits)
     entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
@@ -94,7 +88,7 @@ def focal_loss(
 
 
 def dice_loss(
-    logits: Float[Tensor, "p m h w"], target: Float[Tensor, "p #m h w"]
+    logits: Float[Tensor, "p m h w"], target: Float[Tensor, "p n h w"]
 ) -> Float[Tensor, "p m"]:
     """One minus the dice overlap per mask, in [0, 1]; 1 is added above and below the fraction."""
     probability = logits.sigmoid()
@@ -105,11 +99,9 @@ def dice_loss(
 
 @torch.no_grad()
 def hard_iou(
-    logits: Float[Tensor, "p m h w"], target: Float[Tensor, "p #m h w"]
+    logits: Float[Tensor, "p m h w"], target: Float[Tensor, "p n h w"]
 ) -> Float[Tensor, "p m"]:
-    """IoU of the masks cut at logit 0 with the target cut at one half, in [0, 1]; 0 for two empty
-    ones.
-    """
+    """IoU of masks cut at logit 0 with targets cut at one half, in [0, 1]; 0 for two empty ones."""
     inside, truth = logits > 0, target >= 0.5
     intersection = (inside & truth).sum(dim=(2, 3))
     union = (inside | truth).sum(dim=(2, 3))
