@@ -154,7 +154,7 @@ def train(
         for name in _FROZEN_LAYERS:
             model.trunk.get_submodule(name).requires_grad_(False)
     model = model.to(memory_format=torch.channels_last)
-    optimizer = AdamW(parameter_groups(model, recipe), lr=recipe.learning_rate)
+    optimizer = AdamW(parameter_groups(model, recipe), lr=recipe.learning_rate, fused=True)
     checkpoint = stage.directory / _CHECKPOINT_NAME
     done = 0
     if checkpoint.exists():

@@ -1,7 +1,7 @@
 """The detector as a dense graph with a fixed number of candidates, as it is exported and served.
 
 No suppression by overlap inside: RPN boxes are thinned by keeping local maxima of objectness, RoIs
-are pooled by GridSample, and the runtime suppresses what overlaps (``weaksam_rt.boxes``).
+are pooled by matrix products, and the runtime suppresses what overlaps (``weaksam_rt.boxes``).
 """
 
 import math
@@ -12,10 +12,10 @@ from jaxtyping import Float, Int32, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.models.roi_pooling import pool_rois
 from training.retraining.faster_rcnn import (
     BOX_WEIGHTS,
-    ROI_SIZE,
-    SAMPLING_RATIO,
+    ROI_STRIDE,
     FasterRcnn,
 )
 
@@ -70,7 +70,7 @@ class DetectorAdapter(nn.Module):
         """
         features = self.model.features(image.permute(0, 3, 1, 2).float())
         rois = self._propose(features.levels)  # [b, k, 4]
-        pooled = pool_rois_by_grid(features.roi_map.float(), rois, self.model.config.image_size)
+        pooled = pool_rois(features.roi_map, rois, stride=ROI_STRIDE)
         logits, offsets = self.model.box_head(pooled.flatten(0, 1))
         shape = rois.shape[:2]
         scores = logits.softmax(dim=-1).unflatten(0, shape)[:, :, 1:]  # [b, k, c]
@@ -102,30 +102,6 @@ class DetectorAdapter(nn.Module):
 
     def _clip(self, boxes: Tensor) -> Tensor:
         return boxes.clamp(0.0, float(self.model.config.image_size))
-
-
-def pool_rois_by_grid(
-    roi_map: Float[Tensor, "b c h h"], rois: Float[Tensor, "b k 4"], image_size: int
-) -> Float[Tensor, "b k c 7 7"]:
-    """RoIAlign (aligned, fixed sampling ratio) by one GridSample per batch.
-
-    Args:
-        roi_map: The map of the whole model frame.
-        rois: XYXY in the model frame and inside it.
-        image_size: Side of the model frame in pixels.
-    """
-    num_samples = ROI_SIZE * SAMPLING_RATIO
-    steps = (torch.arange(num_samples, device=rois.device) + 0.5) / num_samples
-    x = rois[..., 0:1] + (rois[..., 2:3] - rois[..., 0:1]) * steps  # [b, k, 14]
-    y = rois[..., 1:2] + (rois[..., 3:4] - rois[..., 1:2]) * steps
-    x = x[:, :, None, :].expand(-1, -1, num_samples, -1)
-    y = y[:, :, :, None].expand(-1, -1, -1, num_samples)
-    grid = torch.stack([x, y], dim=-1) * (2.0 / image_size) - 1.0  # [b, k, 14, 14, 2]
-    sampled = functional.grid_sample(
-        roi_map, grid.flatten(1, 2), mode="bilinear", padding_mode="border", align_corners=False
-    )  # [b, c, k * 14, 14]
-    pooled = functional.avg_pool2d(sampled, SAMPLING_RATIO)
-    return pooled.unflatten(2, (rois.shape[1], ROI_SIZE)).transpose(1, 2)
 
 
 def decode_boxes(

@@ -12,23 +12,20 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import roi_align
 
+from training.models.roi_pooling import ROI_SIZE, pool_rois
 from training.models.squeezenet import PIXEL_MEAN, PIXEL_STD, SqueezeNetFeatures
 from training.retraining.roi_drop import RoiLosses
 
 STRIDES = (8, 16, 32)
 """Of the pyramid's levels, in pixels of the model frame."""
-ROI_SIZE = 7
-"""Cells along a side of a pooled RoI."""
 ROI_STRIDE = 8
 """Stride of the map that RoIs are pooled from."""
-SAMPLING_RATIO = 2
-"""Samples along a side of a cell."""
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 """Scales of the encoded centre and size offsets in the RoI head."""
 
@@ -37,7 +34,7 @@ BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 class FasterRcnnConfig:
     """Sizes of the network and of its sampling."""
 
-    image_size: int = 384
+    image_size: int = 320
     """Side of the square input in pixels, a multiple of 32."""
     neck_channels: int = 128
     """Channels of the pyramid, a multiple of 16."""
@@ -45,7 +42,7 @@ class FasterRcnnConfig:
     """Channels of the map that RoIs are pooled from, a multiple of 16."""
     head_width: int = 256
     """Width of the two fully-connected layers of the RoI head."""
-    anchor_sizes: tuple[tuple[int, ...], ...] = ((24, 40), (68, 110), (176, 280))
+    anchor_sizes: tuple[tuple[int, ...], ...] = ((20, 34), (56, 92), (148, 236))
     """Square roots of the anchors' areas in pixels, by level (strides 8, 16, 32)."""
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Height over width of the anchors."""
@@ -165,7 +162,7 @@ class RoiBoxHead(nn.Module):
         nn.init.zeros_(self.offsets.bias)
 
     def forward(
-        self, pooled: Float[Tensor, "n c 7 7"]
+        self, pooled: Float[Tensor, "n 7 7 c"]
     ) -> tuple[Float[Tensor, "n classes"], Float[Tensor, "n offsets"]]:
         """Logits [n, classes + 1] and offsets [n, 4 * (classes + 1)], float32."""
         hidden = self.hidden(pooled.flatten(1))
@@ -238,7 +235,7 @@ class FasterRcnn(nn.Module):
             targets,
         )
         rois, roi_labels, roi_targets = self._sampler.sample(proposals, targets)
-        logits, offsets = self.box_head(pool_rois(features.roi_map, rois))
+        logits, offsets = self.box_head(pool_sampled_rois(features.roi_map, rois))
         return DetectorLosses(
             objectness=rpn_losses["loss_objectness"],
             rpn_box=rpn_losses["loss_rpn_box_reg"],
@@ -246,14 +243,14 @@ class FasterRcnn(nn.Module):
         )
 
 
-def pool_rois(
+def pool_sampled_rois(
     roi_map: Float[Tensor, "b c h w"], rois: Sequence[Float[Tensor, "_ 4"]]
-) -> Float[Tensor, "n c 7 7"]:
-    """Pooled features of the RoIs (by image, XYXY in the model frame), float32."""
-    pooled: Tensor = roi_align(
-        roi_map.float(), list(rois), ROI_SIZE, 1 / ROI_STRIDE, SAMPLING_RATIO, aligned=True
-    )
-    return pooled
+) -> Float[Tensor, "n 7 7 c"]:
+    """Pooled features of RoIs given by image, XYXY in the model frame; their number may differ."""
+    padded = pad_sequence(list(rois), batch_first=True)
+    counts = torch.tensor([len(boxes) for boxes in rois], device=padded.device)
+    is_real = torch.arange(padded.shape[1], device=padded.device) < counts[:, None]
+    return pool_rois(roi_map, padded, stride=ROI_STRIDE)[is_real]
 
 
 def roi_losses(
