@@ -1,0 +1,58 @@
+"""What the calls of a client return."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from weaksam_rt.errors import WeakSamError
+from weaksam_rt.types import Detections, Proposals
+
+EncodedImage = bytes | Path
+"""A JPEG, PNG or WebP file: its bytes, or where it lies."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectResult:
+    """What was found in one image."""
+
+    detections: Detections
+    label_names: tuple[str, ...]
+    """The class name of each detection."""
+
+    def __len__(self) -> int:
+        return len(self.detections)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectOutcome:
+    """One image of many: its result or its error."""
+
+    image: EncodedImage
+    """What was given."""
+    result: DetectResult | None
+    error: WeakSamError | None
+
+    def unwrap(self) -> DetectResult:
+        """The result; raises the error if there is none."""
+        if self.result is None:
+            raise self.error or AssertionError("neither result nor error")
+        return self.result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProposeResult:
+    """Proposals of one image and the tags that steered them."""
+
+    proposals: Proposals
+    used_tags: tuple[str, ...]
+    """The tags given, or those that the classifier saw."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """One model version that the server knows."""
+
+    name: str
+    version: str
+    is_ready: bool
+    reason: str
+    """Why it is not ready; empty if it is."""

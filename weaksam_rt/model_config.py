@@ -1,0 +1,175 @@
+"""The text of a model's ``config.pbtxt``, from its contract.
+
+Pure functions: nothing here reads or writes files. ``weaksam_rt.repository_check`` parses the text
+with Triton's own message type and compares it with the contract again.
+"""
+
+from dataclasses import dataclass
+
+from weaksam_rt.contracts import ModelContract, TensorSpec
+
+_TRITON_TYPES = {
+    "BOOL": "TYPE_BOOL",
+    "UINT8": "TYPE_UINT8",
+    "INT32": "TYPE_INT32",
+    "INT64": "TYPE_INT64",
+    "FP32": "TYPE_FP32",
+    "BYTES": "TYPE_STRING",
+}
+
+THREADS_PARAMETER = "intra_op_num_threads"
+"""The key under ``parameters`` that says how many threads one operator of an engine may use."""
+
+_WARM_UP_SIZE = 2
+"""What a warm-up request puts where the contract leaves a size open."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingOptions:
+    """How the served models queue and run; nothing here changes a result."""
+
+    max_queue_size: int = 64
+    """Requests that may wait for one model, at least 1; one more is refused at once, so that an
+    overload is an answer and not a delay.
+    """
+    queue_timeout_ms: int = 30_000
+    """Longest wait in a queue, at least 1; a request may ask for less."""
+    max_queue_delay_us: int = 0
+    """How long an engine waits for more requests to batch, at least 0. 0: batches form only while
+    the engine is busy, which costs a lone client nothing.
+    """
+    engine_threads: int = 0
+    """Threads of one operator in an engine, at least 0; 0 takes all cores."""
+    pipeline_instances: int = 1
+    """Processes of each pipeline model, at least 1. Each decodes images on its own core."""
+
+    def __post_init__(self) -> None:
+        lowest = {
+            "max_queue_size": 1,
+            "queue_timeout_ms": 1,
+            "max_queue_delay_us": 0,
+            "engine_threads": 0,
+            "pipeline_instances": 1,
+        }
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSettings:
+    """What ``config.pbtxt`` says besides the contract."""
+
+    backend: str
+    """``python`` or ``onnxruntime``."""
+    engine_file: str | None = None
+    """File that the backend itself opens; None for the Python backend."""
+    batches_requests: bool
+    """Let the server form batches; needs a contract with a batch axis."""
+    max_queue_delay_us: int = 0
+    instances: int = 1
+    instance_kind: str = "KIND_CPU"
+    label_outputs: tuple[str, ...] = ()
+    """Outputs that ``labels.txt`` gives names to."""
+    warms_up: bool = False
+    """Run one request of zeros before the model counts as ready."""
+    parameters: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("python", "onnxruntime"):
+            raise ValueError(f"backend {self.backend!r}, expected 'python' or 'onnxruntime'")
+
+
+def config_text(contract: ModelContract, settings: ModelSettings, options: ServingOptions) -> str:
+    """``config.pbtxt`` of one model.
+
+    Raises:
+        ValueError: Batching is asked for and the contract has no batch axis.
+    """
+    if settings.batches_requests and not contract.is_batched:
+        raise ValueError(f"{contract.name} has no batch axis; the server cannot form batches")
+    blocks = [
+        _header(contract, settings),
+        _tensors("input", contract.inputs, settings),
+        _tensors("output", contract.outputs, settings),
+        _instance_group(settings),
+        _dynamic_batching(settings, options) if settings.batches_requests else "",
+        _warm_up(contract) if settings.warms_up else "",
+        *(_parameter(key, value) for key, value in settings.parameters),
+    ]
+    return "\n".join(block for block in blocks if block) + "\n"
+
+
+def _header(contract: ModelContract, settings: ModelSettings) -> str:
+    lines = [
+        f"# {contract.description}",
+        "# Written from the model's contract by weaksam_rt.model_repository: edit that, not this.",
+        f'name: "{contract.name}"',
+        f'backend: "{settings.backend}"',
+        f"max_batch_size: {contract.max_batch_size}",
+        "version_policy { latest { num_versions: 1 } }",
+    ]
+    if settings.backend == "onnxruntime":
+        lines.insert(4, 'platform: "onnxruntime_onnx"')
+    if settings.engine_file is not None:
+        lines.append(f'default_model_filename: "{settings.engine_file}"')
+    return "\n".join(lines)
+
+
+def _tensors(kind: str, specs: tuple[TensorSpec, ...], settings: ModelSettings) -> str:
+    return f"{kind} [\n" + ",\n".join(_tensor(spec, settings) for spec in specs) + "\n]"
+
+
+def _tensor(spec: TensorSpec, settings: ModelSettings) -> str:
+    lines = [
+        f"    # {spec.description}",
+        f'    name: "{spec.name}"',
+        f"    data_type: {_TRITON_TYPES[spec.dtype]}",
+        f"    dims: [ {', '.join(map(str, spec.shape))} ]",
+    ]
+    if spec.optional:
+        lines.append("    optional: true")
+    if spec.name in settings.label_outputs:
+        lines.append('    label_filename: "labels.txt"')
+    return "  {\n" + "\n".join(lines) + "\n  }"
+
+
+def _instance_group(settings: ModelSettings) -> str:
+    return f"instance_group [ {{ count: {settings.instances} kind: {settings.instance_kind} }} ]"
+
+
+def _dynamic_batching(settings: ModelSettings, options: ServingOptions) -> str:
+    return f"""dynamic_batching {{
+  max_queue_delay_microseconds: {settings.max_queue_delay_us}
+  default_queue_policy {{
+    timeout_action: REJECT
+    default_timeout_microseconds: {1000 * options.queue_timeout_ms}
+    allow_timeout_override: true
+    max_queue_size: {options.max_queue_size}
+  }}
+}}"""
+
+
+def _warm_up(contract: ModelContract) -> str:
+    inputs = "\n".join(_zeros(spec) for spec in contract.inputs)
+    batch_size = 1 if contract.is_batched else 0
+    return f"""model_warmup [
+  {{
+    name: "zeros"
+    batch_size: {batch_size}
+{inputs}
+  }}
+]"""
+
+
+def _zeros(spec: TensorSpec) -> str:
+    shape = [_WARM_UP_SIZE if size == -1 else size for size in spec.shape]
+    dims = ", ".join(map(str, shape))
+    return (
+        f'    inputs {{ key: "{spec.name}" value {{ data_type: {_TRITON_TYPES[spec.dtype]} '
+        f"dims: [ {dims} ] zero_data: true }} }}"
+    )
+
+
+def _parameter(key: str, value: str) -> str:
+    return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'

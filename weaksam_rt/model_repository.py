@@ -1,0 +1,350 @@
+"""A Triton model repository from artifacts: which models there are, and every file of them.
+
+What is written is decided by ``plan_model_repository`` without touching a disk; the writers below
+it only copy. Two profiles share all names and contracts: ``embedded`` holds each engine in a
+Python-backend model (the server from the ``nvidia-pytriton`` wheel has no other backend),
+``container`` leaves engines to the backends of NVIDIA's image.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from weaksam_rt.artifacts import MANIFEST_NAME, ModelArtifact
+from weaksam_rt.config import PipelineConfig, PipelineModels
+from weaksam_rt.contracts import (
+    DETECTOR,
+    MEMBERS_OF_PIPELINE,
+    PIPELINE_CONTRACTS,
+    PROMPT_CLUSTERING,
+    SAM_IMAGE_ENCODER,
+    SAM_MASK_DECODER,
+    VIT_CLASSIFIER,
+    WEAKSAM_DETECT,
+    WEAKSAM_PROPOSE,
+    ClusteringParameters,
+    DetectorParameters,
+    SamParameters,
+    VitClassifierParameters,
+    engine_contract,
+)
+from weaksam_rt.errors import ArtifactError
+from weaksam_rt.model_config import (
+    THREADS_PARAMETER,
+    ModelSettings,
+    ServingOptions,
+    config_text,
+)
+
+Profile = Literal["embedded", "container"]
+_P = TypeVar("_P", DetectorParameters, VitClassifierParameters, SamParameters)
+
+CONFIG_NAME = "config.pbtxt"
+PIPELINE_NAME = "pipeline.json"
+LABELS_NAME = "labels.txt"
+
+_LABEL_OUTPUTS = {DETECTOR: ("labels",), VIT_CLASSIFIER: ("logits",)}
+_PIPELINE_CLASSES = {
+    "weaksam_detect": "DetectModel",
+    "weaksam_propose": "ProposeModel",
+    "weaksam_segment": "SegmentModel",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepositoryPlan:
+    """Every file of a repository, by its path inside it."""
+
+    texts: Mapping[str, str]
+    """Small files, written as they stand."""
+    copies: Mapping[str, Path]
+    """Engine files and their manifests, copied from where they are."""
+
+
+def build_model_repository(
+    artifacts: Sequence[ModelArtifact],
+    output: Path,
+    *,
+    profile: Profile,
+    config: PipelineConfig,
+    options: ServingOptions | None = None,
+    version: int = 1,
+) -> None:
+    """Write a complete repository to ``output``, or leave what is there untouched.
+
+    Args:
+        artifacts: One artifact per engine model.
+        output: Replaced in one step if it is a model repository; made if needed.
+        profile: Which server will read it.
+        config: Travels with the pipeline models.
+        options: Queues, threads and instances; None takes the defaults.
+        version: The number of the version folder, at least 1.
+
+    Raises:
+        ArtifactError: No pipeline can be served from these artifacts, or they contradict each
+            other.
+        ValueError: ``output`` is a folder with something else in it.
+    """
+    plan = plan_model_repository(
+        artifacts, profile=profile, config=config, options=options, version=version
+    )
+    _replace_folder(output, plan.texts, plan.copies)
+
+
+def write_repository_snapshot(
+    artifacts: Sequence[ModelArtifact],
+    output: Path,
+    *,
+    profile: Profile,
+    config: PipelineConfig,
+    options: ServingOptions | None = None,
+) -> None:
+    """Write the same files without the engines: what belongs under version control."""
+    plan = plan_model_repository(artifacts, profile=profile, config=config, options=options)
+    _replace_folder(output, plan.texts, {})
+
+
+def plan_model_repository(
+    artifacts: Sequence[ModelArtifact],
+    *,
+    profile: Profile,
+    config: PipelineConfig,
+    options: ServingOptions | None = None,
+    version: int = 1,
+) -> RepositoryPlan:
+    """Decide every file of a repository; see ``build_model_repository``."""
+    if profile not in ("embedded", "container"):
+        raise ValueError(f"profile {profile!r}, expected 'embedded' or 'container'")
+    if version < 1:
+        raise ValueError(f"version is {version}, expected at least 1")
+    options = options or ServingOptions()
+    by_model = _artifacts_by_model(artifacts)
+    models = pipeline_models(by_model)
+    pipelines = served_pipelines(by_model)
+    if not pipelines:
+        raise ArtifactError(
+            f"no pipeline can be served from {sorted(by_model)}: weaksam_detect needs {DETECTOR}, "
+            f"weaksam_segment needs {SAM_IMAGE_ENCODER} and {SAM_MASK_DECODER}"
+        )
+    texts: dict[str, str] = {}
+    copies: dict[str, Path] = {}
+    for artifact in by_model.values():
+        texts |= _engine_texts(artifact, profile, options, version)
+        copies |= _engine_copies(artifact, version)
+    if WEAKSAM_PROPOSE.name in pipelines:
+        texts |= _clustering_texts(models, config, version)
+    for pipeline in pipelines:
+        texts |= _pipeline_texts(pipeline, models, config, options, version)
+    return RepositoryPlan(texts=texts, copies=copies)
+
+
+def pipeline_models(artifacts: Mapping[str, ModelArtifact]) -> PipelineModels:
+    """The parameters that the pipelines need, from the artifacts by model.
+
+    Raises:
+        ArtifactError: SAM's encoder and decoder come from different models.
+    """
+    return PipelineModels(
+        detector=_parameters(artifacts, DETECTOR, DetectorParameters),
+        vit_classifier=_parameters(artifacts, VIT_CLASSIFIER, VitClassifierParameters),
+        sam=_sam_parameters(artifacts),
+    )
+
+
+def served_pipelines(models: Iterable[str]) -> tuple[str, ...]:
+    """Which pipelines the engine models suffice for; ``weaksam_detect`` works without SAM."""
+    available = {*models, PROMPT_CLUSTERING}
+    optional = {WEAKSAM_DETECT.name: {SAM_IMAGE_ENCODER, SAM_MASK_DECODER}}
+    return tuple(
+        pipeline
+        for pipeline, members in MEMBERS_OF_PIPELINE.items()
+        if set(members) - optional.get(pipeline, set()) <= available
+    )
+
+
+def _artifacts_by_model(artifacts: Sequence[ModelArtifact]) -> dict[str, ModelArtifact]:
+    by_model: dict[str, ModelArtifact] = {}
+    for artifact in artifacts:
+        if artifact.model in by_model:
+            raise ArtifactError(
+                f"two artifacts for {artifact.model}: {by_model[artifact.model].path} and "
+                f"{artifact.path}; keep one"
+            )
+        by_model[artifact.model] = artifact
+    return by_model
+
+
+def _parameters(
+    artifacts: Mapping[str, ModelArtifact], model: str, kind: type[_P]
+) -> _P | None:
+    if model not in artifacts:
+        return None
+    parameters = artifacts[model].parameters
+    if not isinstance(parameters, kind):
+        raise ArtifactError(f"{artifacts[model].path}: parameters are not those of {model}")
+    return parameters
+
+
+def _sam_parameters(artifacts: Mapping[str, ModelArtifact]) -> SamParameters | None:
+    encoder = _parameters(artifacts, SAM_IMAGE_ENCODER, SamParameters)
+    decoder = _parameters(artifacts, SAM_MASK_DECODER, SamParameters)
+    if encoder is None or decoder is None:
+        return None
+    if encoder != decoder:
+        raise ArtifactError(
+            f"SAM's encoder has {encoder}, its decoder {decoder}; export both from one checkpoint"
+        )
+    return encoder
+
+
+# ---------------------------------------------------------------------------------------------
+# The files of one model
+# ---------------------------------------------------------------------------------------------
+
+
+def _engine_texts(
+    artifact: ModelArtifact, profile: Profile, options: ServingOptions, version: int
+) -> dict[str, str]:
+    contract = artifact.contract
+    settings = ModelSettings(
+        backend="python",
+        batches_requests=contract.is_batched,
+        max_queue_delay_us=options.max_queue_delay_us,
+        label_outputs=_LABEL_OUTPUTS.get(artifact.model, ()),
+        warms_up=True,
+        parameters=((THREADS_PARAMETER, str(options.engine_threads)),),
+    )
+    texts = {}
+    if profile == "container":
+        settings = replace(
+            settings,
+            backend="onnxruntime",
+            engine_file=artifact.path.name,
+            instance_kind="KIND_AUTO",
+            parameters=(("intra_op_thread_count", str(options.engine_threads)),),
+        )
+    else:
+        texts[f"{artifact.model}/{version}/model.py"] = _model_py(
+            artifact.model, "engine_model", "EngineModel"
+        )
+    if settings.label_outputs:
+        names: tuple[str, ...] = getattr(artifact.parameters, "class_names", ())
+        texts[f"{artifact.model}/{LABELS_NAME}"] = "".join(f"{name}\n" for name in names)
+    texts[f"{artifact.model}/{CONFIG_NAME}"] = config_text(contract, settings, options)
+    return texts
+
+
+def _engine_copies(artifact: ModelArtifact, version: int) -> dict[str, Path]:
+    folder = f"{artifact.model}/{version}"
+    return {
+        f"{folder}/{artifact.path.name}": artifact.path,
+        f"{folder}/{MANIFEST_NAME}": artifact.path.parent / MANIFEST_NAME,
+    }
+
+
+def _clustering_texts(
+    models: PipelineModels, config: PipelineConfig, version: int
+) -> dict[str, str]:
+    contract = engine_contract(PROMPT_CLUSTERING, ClusteringParameters())
+    settings = ModelSettings(backend="python", batches_requests=False)
+    folder = f"{PROMPT_CLUSTERING}/{version}"
+    return {
+        f"{PROMPT_CLUSTERING}/{CONFIG_NAME}": config_text(contract, settings, ServingOptions()),
+        f"{folder}/model.py": _model_py(PROMPT_CLUSTERING, "clustering_model", "ClusteringModel"),
+        f"{folder}/{PIPELINE_NAME}": pipeline_text(models, config),
+    }
+
+
+def _pipeline_texts(
+    pipeline: str,
+    models: PipelineModels,
+    config: PipelineConfig,
+    options: ServingOptions,
+    version: int,
+) -> dict[str, str]:
+    # No warm-up request here: the server loads models in no order of its own, and a pipeline that
+    # is warmed before its members are there would count as broken. The model warms its own parts
+    # when it is loaded, and its members have warm-ups of theirs.
+    settings = ModelSettings(
+        backend="python", batches_requests=True, instances=options.pipeline_instances
+    )
+    return {
+        f"{pipeline}/{CONFIG_NAME}": config_text(PIPELINE_CONTRACTS[pipeline], settings, options),
+        f"{pipeline}/{version}/model.py": _model_py(
+            pipeline, "pipeline_models", _PIPELINE_CLASSES[pipeline]
+        ),
+        f"{pipeline}/{version}/{PIPELINE_NAME}": pipeline_text(models, config),
+    }
+
+
+def _model_py(model: str, module: str, name: str) -> str:
+    return (
+        f'"""Serves ``{model}``."""\n\n'
+        f"from weaksam_rt.serving.{module} import {name} as TritonPythonModel\n\n"
+        '__all__ = ["TritonPythonModel"]\n'
+    )
+
+
+def pipeline_text(models: PipelineModels, config: PipelineConfig) -> str:
+    """``pipeline.json``: what a pipeline model needs to know about its members."""
+    content = {"models": models.to_json(), "config": config.to_json()}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def read_pipeline_file(path: Path) -> tuple[PipelineModels, PipelineConfig]:
+    """What ``pipeline_text`` wrote.
+
+    Raises:
+        ArtifactError: The file is missing or not one of ours.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return (
+            PipelineModels.from_json(content["models"]),
+            PipelineConfig.from_json(content["config"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} does not describe a pipeline ({error}); build the model repository again"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------
+
+
+def _replace_folder(output: Path, texts: Mapping[str, str], copies: Mapping[str, Path]) -> None:
+    _check_replaceable(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        fresh, old = Path(scratch) / "new", Path(scratch) / "old"
+        fresh.mkdir()
+        for name, text in texts.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / name).write_text(text)
+        for name, source in copies.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, fresh / name)
+        if output.exists():
+            output.rename(old)
+        fresh.rename(output)
+
+
+def _check_replaceable(output: Path) -> None:
+    if not output.exists():
+        return
+    strangers = (
+        sorted(p.name for p in output.iterdir() if not (p / CONFIG_NAME).is_file())
+        if output.is_dir()
+        else [output.name]
+    )
+    if strangers:
+        raise ValueError(
+            f"{output} is no model repository (it holds {', '.join(strangers[:3])}); "
+            "give a new folder, or empty this one"
+        )
