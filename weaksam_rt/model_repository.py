@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from weaksam_rt.artifacts import MANIFEST_NAME, ModelArtifact
-from weaksam_rt.config import PipelineConfig, PipelineModels
+from weaksam_rt.config import PipelineConfig
 from weaksam_rt.contracts import (
     DETECTOR,
     MEMBERS_OF_PIPELINE,
@@ -28,17 +28,20 @@ from weaksam_rt.contracts import (
     WEAKSAM_PROPOSE,
     ClusteringParameters,
     DetectorParameters,
+    ModelContract,
+    Parameters,
     SamParameters,
     VitClassifierParameters,
     engine_contract,
 )
-from weaksam_rt.errors import ArtifactError
+from weaksam_rt.errors import ArtifactError, ContractError
 from weaksam_rt.model_config import (
     THREADS_PARAMETER,
     ModelSettings,
     ServingOptions,
     config_text,
 )
+from weaksam_rt.pipeline import PipelineModels
 
 Profile = Literal["embedded", "container"]
 _P = TypeVar("_P", DetectorParameters, VitClassifierParameters, SamParameters)
@@ -155,6 +158,22 @@ def pipeline_models(artifacts: Mapping[str, ModelArtifact]) -> PipelineModels:
     )
 
 
+def member_contracts(models: PipelineModels) -> dict[str, ModelContract]:
+    """The contracts of all models that pipelines with these parameters can call, by name."""
+    parameters: dict[str, Parameters | None] = {
+        DETECTOR: models.detector,
+        VIT_CLASSIFIER: models.vit_classifier,
+        PROMPT_CLUSTERING: ClusteringParameters(),
+        SAM_IMAGE_ENCODER: models.sam,
+        SAM_MASK_DECODER: models.sam,
+    }
+    return {
+        name: engine_contract(name, value)
+        for name, value in parameters.items()
+        if value is not None
+    }
+
+
 def served_pipelines(models: Iterable[str]) -> tuple[str, ...]:
     """Which pipelines the engine models suffice for; ``weaksam_detect`` works without SAM."""
     available = {*models, PROMPT_CLUSTERING}
@@ -178,9 +197,7 @@ def _artifacts_by_model(artifacts: Sequence[ModelArtifact]) -> dict[str, ModelAr
     return by_model
 
 
-def _parameters(
-    artifacts: Mapping[str, ModelArtifact], model: str, kind: type[_P]
-) -> _P | None:
+def _parameters(artifacts: Mapping[str, ModelArtifact], model: str, kind: type[_P]) -> _P | None:
     if model not in artifacts:
         return None
     parameters = artifacts[model].parameters
@@ -307,7 +324,7 @@ def read_pipeline_file(path: Path) -> tuple[PipelineModels, PipelineConfig]:
             PipelineModels.from_json(content["models"]),
             PipelineConfig.from_json(content["config"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ContractError) as error:
         raise ArtifactError(
             f"{path} does not describe a pipeline ({error}); build the model repository again"
         ) from error

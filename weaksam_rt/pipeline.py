@@ -48,11 +48,11 @@ from weaksam_rt.prompts import (
 from weaksam_rt.proposals import PromptedBoxes, select_proposals
 from weaksam_rt.types import (
     Detections,
-    ImageSize,
     InstanceMasks,
     PointPrompts,
     PromptSource,
     Proposals,
+    SegmentResult,
 )
 
 _T = TypeVar("_T")
@@ -96,21 +96,6 @@ class ProposalResult:
     used_tags: tuple[str, ...]
     prompts: PointPrompts
     """All points that SAM was prompted with."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SegmentResult:
-    """SAM's masks of p prompts, m for each: three with ``multimask``, else one."""
-
-    mask_counts: tuple[tuple[bytes, ...], ...]
-    """[p][m], COCO run-length counts."""
-    boxes: NDArray[np.float32]
-    """[p, m, 4], around each mask; zeros for an empty one."""
-    scores: NDArray[np.float32]
-    """[p, m], SAM's predicted IoU."""
-    stability_scores: NDArray[np.float32]
-    """[p, m]."""
-    image_size: ImageSize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

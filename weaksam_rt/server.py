@@ -148,7 +148,8 @@ class EmbeddedServer:
         if not self._log_file.is_file():
             return ""
         lines = self._log_file.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-num_lines:])
+        said = [line for line in lines if not line.startswith(("|", "+-"))]  # no tables
+        return "\n".join(said[-num_lines:])
 
     def wait(self) -> None:
         """Block until SIGTERM or SIGINT arrives, then stop; call it from the main thread.
@@ -397,9 +398,12 @@ def _answers(url: str) -> bool:
 
 
 def _failures(log: str) -> str:
-    """The lines that say why: Triton marks errors with a leading E."""
+    """Why models failed to load, else the first errors; Triton marks error lines with an E."""
     errors = [line.split("] ", 1)[-1] for line in log.splitlines() if line.startswith("E")]
-    return " | ".join(dict.fromkeys(errors[:3]))
+    causes = [line for line in errors if "failed to load" in line] or errors
+    # A Python model's message has its call stack behind "At:"; the log keeps it.
+    short = [line.split("\\n\\nAt:")[0].strip('"') for line in causes]
+    return " | ".join(dict.fromkeys(short[:3]))
 
 
 def _terminate(process: subprocess.Popen[bytes], timeout_s: float) -> None:

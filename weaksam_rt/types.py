@@ -151,6 +151,21 @@ class Detections:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentResult:
+    """SAM's masks of p prompts, m for each: three with ``multimask``, else one."""
+
+    mask_counts: tuple[tuple[bytes, ...], ...]
+    """[p][m], COCO run-length counts."""
+    boxes: NDArray[np.float32]
+    """[p, m, 4], around each mask; zeros for an empty one."""
+    scores: NDArray[np.float32]
+    """[p, m], SAM's predicted IoU."""
+    stability_scores: NDArray[np.float32]
+    """[p, m]."""
+    image_size: ImageSize
+
+
 def _check(owner: object, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
     array = getattr(owner, name)
     if array.dtype != dtype or array.shape != shape:

@@ -36,8 +36,7 @@ class BlsBackend:
             model_name=model,
             requested_output_names=names,
             inputs=[
-                pb_utils.Tensor(name, np.ascontiguousarray(array))
-                for name, array in inputs.items()
+                pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()
             ],
         )
         response = await request.async_exec()

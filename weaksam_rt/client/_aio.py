@@ -211,6 +211,4 @@ class AsyncWeakSamClient:
             return await method(request, timeout=deadline.remaining_s)
         except grpc.RpcError as error:
             code, details = error.code(), error.details() or ""
-            raise error_from_rpc(
-                code, details, address=self._address, deadline=deadline
-            ) from error
+            raise error_from_rpc(code, details, address=self._address, deadline=deadline) from error

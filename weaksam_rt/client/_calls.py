@@ -48,7 +48,7 @@ class Deadline:
 
 
 def channel_options(config: ClientConfig) -> list[tuple[str, int]]:
-    """gRPC's settings: no size limit of its own, quick reconnects, retries left to us."""
+    """GRPC's settings: no size limit of its own, quick reconnects, retries left to us."""
     return [
         ("grpc.max_send_message_length", -1),
         ("grpc.max_receive_message_length", -1),
@@ -62,7 +62,7 @@ def channel_options(config: ClientConfig) -> list[tuple[str, int]]:
 
 
 def channel_credentials(tls: ClientTls) -> Any:
-    """gRPC's form of the TLS files."""
+    """GRPC's form of the TLS files."""
     root, key, chain = (
         None if path is None else path.read_bytes()
         for path in (tls.root_certificates, tls.key, tls.certificate)

@@ -231,9 +231,7 @@ class WeakSamClient:
             return method(request, timeout=deadline.remaining_s)
         except grpc.RpcError as error:
             code, details = error.code(), error.details() or ""
-            raise error_from_rpc(
-                code, details, address=self._address, deadline=deadline
-            ) from error
+            raise error_from_rpc(code, details, address=self._address, deadline=deadline) from error
 
 
 def _in_order(
@@ -253,6 +251,3 @@ def _in_order(
         finally:
             for future in waiting:
                 future.cancel()
-
-
-

@@ -3,7 +3,6 @@
 Both clients are built on these, so they cannot differ in what they send or understand.
 """
 
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
+from weaksam_rt.bytes_tensors import bytes_array, bytes_from_raw, raw_from_bytes
 from weaksam_rt.client.results import DetectResult, EncodedImage, ProposeResult, ServedModel
 from weaksam_rt.contracts import (
     WEAKSAM_DETECT,
@@ -161,15 +161,6 @@ def _check_size(name: str, size: int, max_bytes: int) -> None:
         )
 
 
-def bytes_array(items: Sequence[bytes]) -> NDArray[np.object_]:
-    """One axis of ``bytes``, whatever they hold; a plain ``np.array`` would drop trailing
-    zeros.
-    """
-    array = np.empty(len(items), np.object_)
-    array[:] = items
-    return array
-
-
 def _scalar(value: float | bool | None, dtype: type[np.generic]) -> NDArray[Any] | None:
     return None if value is None else np.array([value], dtype)
 
@@ -253,13 +244,13 @@ def served_models(index: Any) -> list[ServedModel]:
 
 def _raw_from_array(array: NDArray[Any]) -> bytes:
     if array.dtype == np.object_:
-        return b"".join(struct.pack("<I", len(item)) + item for item in array.flat)
+        return raw_from_bytes(array)
     return array.tobytes()
 
 
 def _array_from_raw(raw: bytes, datatype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     if datatype == "BYTES":
-        return bytes_array(_split_bytes(raw)).reshape(shape)
+        return bytes_from_raw(raw).reshape(shape)
     dtype = _NUMPY_DTYPES.get(datatype)
     if dtype is None:
         raise ContractError(f"the server answered with {datatype}, which no contract has")
@@ -271,13 +262,3 @@ _NUMPY_DTYPES: dict[str, type[np.generic]] = {
     for contract in (WEAKSAM_DETECT, WEAKSAM_PROPOSE, WEAKSAM_SEGMENT)
     for spec in contract.outputs
 }
-
-
-def _split_bytes(raw: bytes) -> list[bytes]:
-    items = []
-    start = 0
-    while start < len(raw):
-        (size,) = struct.unpack_from("<I", raw, start)
-        start += 4 + size
-        items.append(raw[start - size : start])
-    return items

@@ -33,6 +33,4 @@ def split_batch(arrays: Arrays, sizes: Sequence[int]) -> list[dict[str, NDArray[
         if len(array) != sum(sizes):
             raise ValueError(f"{name} has {len(array)} rows for a batch of {sum(sizes)}")
     borders = pairwise([0, *accumulate(sizes)])
-    return [
-        {name: array[start:stop] for name, array in arrays.items()} for start, stop in borders
-    ]
+    return [{name: array[start:stop] for name, array in arrays.items()} for start, stop in borders]

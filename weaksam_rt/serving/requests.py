@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from weaksam_rt.contracts import ModelContract
 from weaksam_rt.errors import (
     ArtifactError,
-    ContractError,
-    ImageError,
     InferenceError,
     InferenceTimeoutError,
     ServerUnavailableError,
@@ -24,15 +22,6 @@ from weaksam_rt.errors import (
 from weaksam_rt.wire_errors import text_from_error
 
 _LOGGER = logging.getLogger(__name__)
-
-_CODES: dict[type[WeakSamError], int] = {
-    ContractError: pb_utils.TritonError.INVALID_ARG,
-    ImageError: pb_utils.TritonError.INVALID_ARG,
-    ServerUnavailableError: pb_utils.TritonError.UNAVAILABLE,
-    InferenceTimeoutError: pb_utils.TritonError.UNAVAILABLE,
-    ArtifactError: pb_utils.TritonError.INTERNAL,
-    InferenceError: pb_utils.TritonError.INTERNAL,
-}
 
 
 def arrays_of(request: Any, contract: ModelContract) -> dict[str, NDArray[Any]]:
@@ -48,9 +37,7 @@ def arrays_of(request: Any, contract: ModelContract) -> dict[str, NDArray[Any]]:
 
 def response_of(arrays: Mapping[str, NDArray[Any]]) -> Any:
     """A response with these outputs."""
-    tensors = [
-        pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in arrays.items()
-    ]
+    tensors = [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in arrays.items()]
     return pb_utils.InferenceResponse(output_tensors=tensors)
 
 
@@ -65,11 +52,20 @@ def error_response_of(error: Exception, model: str) -> Any:
             f"internal error in {model} ({type(error).__name__}: {error}); "
             "the server's log has the details"
         )
-    code = next(
-        (code for kind, code in _CODES.items() if isinstance(error, kind)),
-        pb_utils.TritonError.INVALID_ARG,
+    return pb_utils.InferenceResponse(
+        error=pb_utils.TritonError(text_from_error(error), _code(error))
     )
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(text_from_error(error), code))
+
+
+def _code(error: WeakSamError | ValueError) -> int:
+    """Triton's code, which decides the gRPC status; the names exist only once a model runs."""
+    codes = pb_utils.TritonError
+    match error:
+        case ServerUnavailableError() | InferenceTimeoutError():
+            return codes.UNAVAILABLE
+        case ArtifactError() | InferenceError():
+            return codes.INTERNAL
+    return codes.INVALID_ARG
 
 
 def _array(tensor: Any) -> NDArray[Any]:

@@ -1,0 +1,30 @@
+"""``prompt_clustering`` as a Triton model: no engine file, the runtime's own function."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from weaksam_rt.contracts import (
+    PROMPT_CLUSTERING,
+    ClusteringParameters,
+    engine_contract,
+)
+from weaksam_rt.model_repository import PIPELINE_NAME, read_pipeline_file
+from weaksam_rt.prompt_clustering import prompt_clustering_model
+from weaksam_rt.serving.engine_model import answer_requests
+
+
+class ClusteringModel:
+    """Triton's interface to ``prompt_clustering_model``."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Read the settings that lie beside ``model.py``."""
+        folder = Path(args["model_repository"]) / args["model_version"]
+        _, config = read_pipeline_file(folder / PIPELINE_NAME)
+        self._contract = engine_contract(PROMPT_CLUSTERING, ClusteringParameters())
+        self._model = partial(prompt_clustering_model, config=config.clustering)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer every request: with its outputs, or with its own error."""
+        return answer_requests(requests, self._contract, self._model)
