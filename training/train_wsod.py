@@ -1,0 +1,316 @@
+"""Train OICR on tags and proposals: ``python -m training.train_wsod --help``.
+
+Reads images, their tags and proposals; boxes of the data set are used for evaluation only. Writes
+``wsod.safetensors``, ``detections.json`` (of the training images, for pseudo labels) and, with
+``--val``, ``val_detections.json``. A killed run resumes.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
+from training.data.results import read_proposals, write_detections
+from training.data.views import FramedImage, frame_image
+from training.engine.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from training.engine.stage import Stage, open_stage
+from training.evaluate import summary, write_report
+from training.models.squeezenet import SqueezeNetFeatures, load_imagenet_squeezenet
+from training.models.wsod_detector import FrozenFeatures, WsodDetectorConfig, WsodHead, WsodTrunk
+from training.retrain_detector import rate_factor
+from training.wsod.mil_head import image_loss
+from training.wsod.oicr import OicrConfig, oicr_loss
+from weaksam_rt.boxes import batched_nms
+from weaksam_rt.types import Detections, Proposals
+
+_LOGGER = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "wsod.safetensors"
+DETECTIONS_NAME = "detections.json"
+VAL_DETECTIONS_NAME = "val_detections.json"
+_CHECKPOINT_NAME = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WsodRecipe:
+    """Everything that decides the result, besides the data."""
+
+    model: WsodDetectorConfig = field(default_factory=WsodDetectorConfig)
+    oicr: OicrConfig = field(default_factory=OicrConfig)
+    epochs: int = 8
+    """Passes over the tagged images."""
+    images_per_step: int = 4
+    """Images whose gradients are averaged for one step."""
+    learning_rate: float = 5e-4
+    """Peak rate of AdamW."""
+    weight_decay: float = 5e-4
+    """Of all parameters."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up; then the rate falls to 0 along a cosine."""
+    min_side_px: float = 16.0
+    """Proposals narrower or lower than this, in pixels of the original image, are not used."""
+    nms_thresh: float = 0.3
+    """Test time: IoU in [0, 1] above which the lesser of two boxes of a class is dropped."""
+    max_detections: int = 100
+    """Test time: boxes per image."""
+    seed: int = 0
+    """Of initial weights, order and mirroring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainWsodConfig:
+    """Train a detector from tags and proposals."""
+
+    data: Path
+    """Folder with ``images/`` and ``instances.json``; only tags are learnt from."""
+    proposals: Path
+    """Proposals of its images (COCO results, category 0)."""
+    output: Path
+    """Folder of this stage."""
+    trunk_weights: Path
+    """Pretrained SqueezeNet 1.0."""
+    val: Path | None = None
+    """Folder to detect on at the end."""
+    val_proposals: Path | None = None
+    """Proposals of its images."""
+    recipe: WsodRecipe = field(default_factory=WsodRecipe)
+
+    def __post_init__(self) -> None:
+        if (self.val is None) != (self.val_proposals is None):
+            raise ValueError("--val and --val-proposals belong together; give both or neither")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WsodSample:
+    """One image ready to learn from; every field as it is and mirrored."""
+
+    record: ImageRecord
+    boxes: NDArray[np.float32]
+    """[n, 4], proposals in pixels of the image."""
+    boxes_model_frame: tuple[Float[Tensor, "n 4"], Float[Tensor, "n 4"]]
+    features: tuple[FrozenFeatures, FrozenFeatures]
+    tags: Float[Tensor, " c"]
+    """1 where the class is in the image, else 0."""
+
+
+def main(config: TrainWsodConfig) -> None:
+    """Run the stage."""
+    inputs = {
+        "data": config.data,
+        "proposals": config.proposals,
+        "trunk_weights": config.trunk_weights,
+    }
+    if config.val is not None and config.val_proposals is not None:
+        inputs |= {"val": config.val, "val_proposals": config.val_proposals}
+    stage = open_stage("train_wsod", config.output, config=config.recipe, inputs=inputs)
+    if stage.finished:
+        return
+    folder = load_coco_folder(config.data)
+    trunk = load_imagenet_squeezenet(config.trunk_weights)
+    samples = load_samples(folder, config.proposals, trunk, config.recipe)
+    head = train(stage, samples, config.recipe, num_classes=len(folder.class_names))
+    metadata = {"model": asdict(config.recipe.model), "class_names": folder.class_names}
+    save_weights(stage.directory / WEIGHTS_NAME, head.state_dict(), metadata)
+    metrics = {"train_evaluation_only": _detect(stage, head, folder, samples, config.recipe)}
+    outputs = [WEIGHTS_NAME, DETECTIONS_NAME]
+    if config.val is not None and config.val_proposals is not None:
+        val = load_coco_folder(config.val, classes=folder.class_names)
+        val_samples = load_samples(val, config.val_proposals, trunk, config.recipe)
+        metrics["val"] = _detect(
+            stage, head, val, val_samples, config.recipe, name=VAL_DETECTIONS_NAME
+        )
+        outputs.append(VAL_DETECTIONS_NAME)
+    stage.finish(outputs=outputs, metrics=metrics)
+    (stage.directory / _CHECKPOINT_NAME).unlink(missing_ok=True)
+
+
+def load_samples(
+    folder: CocoFolder, proposals: Path, trunk: SqueezeNetFeatures, recipe: WsodRecipe
+) -> list[WsodSample]:
+    """All images that have a usable proposal, with their features: about 4 MB each at side 320."""
+    frozen = WsodTrunk(trunk).to(memory_format=torch.channels_last).eval()
+    found = read_proposals(proposals, folder=folder)
+    samples = [
+        _sample(record, found[record.image_id], frozen, recipe, len(folder.class_names))
+        for record in track(folder.records, description="features", transient=True)
+    ]
+    usable = [sample for sample in samples if len(sample.boxes)]
+    if len(usable) < len(samples):
+        _LOGGER.warning("%d images have no usable proposal", len(samples) - len(usable))
+    return usable
+
+
+def train(
+    stage: Stage, samples: Sequence[WsodSample], recipe: WsodRecipe, *, num_classes: int
+) -> WsodHead:
+    """Train from the beginning or from the checkpoint in the stage's folder; gives the head in
+    evaluation mode.
+
+    Raises:
+        ValueError: No sample has a tag.
+    """
+    tagged = [sample for sample in samples if sample.tags.any()]
+    if not tagged:
+        raise ValueError("no image has both a tag and a proposal; check the data and proposals")
+    torch.manual_seed(recipe.seed)
+    head = WsodHead(recipe.model, num_classes)
+    optimizer = AdamW(
+        head.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
+    checkpoint = stage.directory / _CHECKPOINT_NAME
+    done = 0
+    if checkpoint.exists():
+        done, _ = load_checkpoint(checkpoint, modules={"head": head}, optimizer=optimizer)
+        _LOGGER.info("resuming after step %d", done)
+    steps_per_epoch = -(-len(tagged) // recipe.images_per_step)
+    num_steps = recipe.epochs * steps_per_epoch
+    head.train()
+    for step in track(range(done, num_steps), description="train WSOD"):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * rate_factor(step, num_steps, recipe.warmup_steps)
+        scalars = train_step(head, optimizer, _samples_of_step(tagged, recipe, step), recipe)
+        stage.log_metrics(step=step, **scalars)
+        if (step + 1) % steps_per_epoch == 0:
+            save_checkpoint(checkpoint, modules={"head": head}, optimizer=optimizer, step=step + 1)
+    return head.eval()
+
+
+def train_step(
+    head: WsodHead,
+    optimizer: AdamW,
+    chosen: Sequence[tuple[WsodSample, bool]],
+    recipe: WsodRecipe,
+) -> dict[str, float]:
+    """One optimiser step on (sample, is it mirrored) pairs; gives the scalars to log."""
+    optimizer.zero_grad()
+    scalars = {"image": 0.0, "refinement": 0.0}
+    for sample, mirrored in chosen:
+        boxes = sample.boxes_model_frame[mirrored]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = head(sample.features[mirrored], boxes)
+        of_image = image_loss(outputs.mil_scores, sample.tags)
+        refinement = oicr_loss(
+            outputs.mil_scores, outputs.refinement_logits, boxes, sample.tags, recipe.oicr
+        )
+        ((of_image + refinement) / len(chosen)).backward()
+        scalars["image"] += of_image.item() / len(chosen)
+        scalars["refinement"] += refinement.item() / len(chosen)
+    nn.utils.clip_grad_norm_(head.parameters(), 5.0)
+    optimizer.step()
+    return scalars
+
+
+def detect(head: WsodHead, sample: WsodSample, recipe: WsodRecipe) -> Detections:
+    """Detections of one image: scores averaged over both orientations, suppressed by class."""
+    with torch.inference_mode():
+        scores = torch.stack(
+            [
+                head(features, boxes).scores()
+                for features, boxes in zip(sample.features, sample.boxes_model_frame, strict=True)
+            ]
+        ).mean(dim=0)
+    num_classes = scores.shape[1]
+    boxes = np.repeat(sample.boxes, num_classes, axis=0)
+    labels = np.tile(np.arange(num_classes), len(sample.boxes))
+    flat = scores.flatten().numpy().astype(np.float32)
+    keep = batched_nms(boxes, flat, labels, recipe.nms_thresh)[: recipe.max_detections]
+    return Detections(
+        boxes=boxes[keep],
+        scores=flat[keep],
+        labels=labels[keep].astype(np.int64),
+        image_size=sample.record.image_size,
+    )
+
+
+def _detect(
+    stage: Stage,
+    head: WsodHead,
+    folder: CocoFolder,
+    samples: Sequence[WsodSample],
+    recipe: WsodRecipe,
+    *,
+    name: str = DETECTIONS_NAME,
+) -> dict[str, float | None]:
+    found = {record.image_id: Detections.empty(record.image_size) for record in folder.records}
+    for sample in track(samples, description="detect", transient=True):
+        found[sample.record.image_id] = detect(head, sample, recipe)
+    write_detections(stage.directory / name, found, folder=folder)
+    report = summary(write_report(stage.directory / name.removesuffix(".json"), folder, found))
+    _LOGGER.info("%s: %s", name, report)
+    return report
+
+
+def _sample(
+    record: ImageRecord,
+    proposals: Proposals,
+    trunk: WsodTrunk,
+    recipe: WsodRecipe,
+    num_classes: int,
+) -> WsodSample:
+    boxes = proposals.boxes[_is_usable(proposals.boxes, recipe.min_side_px)]
+    labels = np.zeros(len(boxes), np.int64)
+    framed = frame_image(record.image(), boxes, labels, frame_side=recipe.model.image_size)
+    mirrored = mirror(framed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = [trunk(_pixels(view)) for view in (framed, mirrored)]
+    tags = torch.zeros(num_classes)
+    tags[list(record.tags)] = 1.0
+    return WsodSample(
+        record=record,
+        boxes=boxes,
+        boxes_model_frame=(torch.from_numpy(framed.boxes), torch.from_numpy(mirrored.boxes)),
+        features=(features[0], features[1]),
+        tags=tags,
+    )
+
+
+def mirror(framed: FramedImage) -> FramedImage:
+    """The image mirrored left to right inside its valid part, which stays top-left aligned."""
+    height, width = framed.valid_size
+    pixels = framed.pixels.copy()
+    pixels[:height, :width] = framed.pixels[:height, :width][:, ::-1]
+    boxes = framed.boxes.copy()
+    boxes[:, [0, 2]] = width - framed.boxes[:, [2, 0]]
+    return FramedImage(
+        pixels=pixels, valid_size=framed.valid_size, boxes=boxes, labels=framed.labels
+    )
+
+
+def _pixels(framed: FramedImage) -> Tensor:
+    image = torch.from_numpy(framed.pixels)[None].permute(0, 3, 1, 2).float()
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def _is_usable(boxes: NDArray[np.float32], min_side_px: float) -> NDArray[np.bool_]:
+    """Large enough and no exact copy of an earlier one."""
+    first = np.zeros(len(boxes), dtype=bool)
+    first[np.unique(boxes, axis=0, return_index=True)[1]] = True
+    return first & ((boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= min_side_px)
+
+
+def _samples_of_step(
+    samples: Sequence[WsodSample], recipe: WsodRecipe, step: int
+) -> list[tuple[WsodSample, bool]]:
+    """Samples and orientations of one step; they depend on the seed and the step only."""
+    steps_per_epoch = -(-len(samples) // recipe.images_per_step)
+    epoch, position = divmod(step, steps_per_epoch)
+    generator = np.random.default_rng((recipe.seed, epoch))
+    order = generator.permutation(len(samples))
+    mirrored = generator.random(len(samples)) < 0.5
+    chosen = order[position * recipe.images_per_step : (position + 1) * recipe.images_per_step]
+    return [(samples[index], bool(mirrored[index])) for index in chosen]
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(tyro.cli(TrainWsodConfig, description=__doc__))

@@ -1,0 +1,1 @@
+"""Weakly-supervised detection on proposals: one paper, one file, pure losses."""

@@ -1,0 +1,39 @@
+"""Multiple-instance learning on proposals: which boxes explain the tags of the image?"""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+_MARGIN = 1e-6
+"""Keeps probabilities off 0 and 1, where the logarithm has no gradient."""
+
+
+class MilHead(nn.Module):
+    """Two streams over the RoIs of one image: what is it (softmax over classes), and which RoI
+    shows it (softmax over RoIs).
+
+    Source:
+        WSDDN (arXiv:1511.02853), section 3.
+    """
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.classification = nn.Linear(in_features, num_classes)
+        self.detection = nn.Linear(in_features, num_classes)
+
+    def forward(self, rois: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
+        """Scores of the RoIs of one image, in [0, 1]; they sum to at most 1 over the RoIs."""
+        by_class = self.classification(rois).float().softmax(dim=1)
+        by_roi = self.detection(rois).float().softmax(dim=0)
+        return by_class * by_roi
+
+
+def image_loss(scores: Float[Tensor, "n c"], tags: Float[Tensor, " c"]) -> Float[Tensor, ""]:
+    """Binary cross-entropy of the image's class scores, summed over the classes.
+
+    Args:
+        scores: Of ``MilHead``; an image's score of a class is the sum over its RoIs.
+        tags: 1 where the class is in the image, else 0.
+    """
+    of_image = scores.sum(dim=0).clamp(_MARGIN, 1 - _MARGIN)
+    return functional.binary_cross_entropy(of_image, tags, reduction="sum")
