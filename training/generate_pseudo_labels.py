@@ -1,0 +1,182 @@
+"""Turn detections of tagged images into boxes to train on:
+``python -m training.generate_pseudo_labels --help``.
+
+Writes ``instances.json`` in COCO format (the same images, categories and ids as the data set;
+each annotation has a ``score``) and ``pictures.jpg``. The true boxes of the data set are compared
+with, never copied.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from training.data.coco import CocoFolder, load_coco_folder
+from training.data.results import read_detections
+from training.engine.stage import open_stage
+from training.evaluation.pictures import Picture, save_contact_sheet
+from training.evaluation.recall import greedy_matches
+from training.pseudo_labels.adaptive import (
+    AdaptiveConfig,
+    above_threshold,
+    select_pseudo_labels,
+    top_1,
+)
+from weaksam_rt.boxes import box_area, box_iou, box_xywh_from_xyxy
+from weaksam_rt.files import write_json
+from weaksam_rt.types import Detections
+
+_LOGGER = logging.getLogger(__name__)
+
+ANNOTATIONS_NAME = "instances.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabelRecipe:
+    """Everything that decides the boxes, besides the detections."""
+
+    method: Literal["adaptive", "top_1", "threshold"] = "adaptive"
+    """adaptive: WeakSAM's choice. top_1 and threshold are baselines."""
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    fixed_thresh: float = 0.5
+    """threshold: least score, in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabelConfig:
+    """Choose the detections to train on."""
+
+    data: Path
+    """Folder with ``images/`` and ``instances.json``; only tags decide."""
+    detections: Path
+    """Detections of its images (COCO results)."""
+    output: Path
+    """Folder of this stage."""
+    recipe: PseudoLabelRecipe = field(default_factory=PseudoLabelRecipe)
+    num_pictures: int = 25
+    """Images on the contact sheet."""
+
+
+def main(config: PseudoLabelConfig) -> None:
+    """Run the stage."""
+    stage = open_stage(
+        "generate_pseudo_labels",
+        config.output,
+        config=config.recipe,
+        inputs={"data": config.data, "detections": config.detections},
+    )
+    if stage.finished:
+        return
+    folder = load_coco_folder(config.data)
+    detections = read_detections(config.detections, folder=folder)
+    labels = choose(folder, detections, config.recipe)
+    write_json(stage.directory / ANNOTATIONS_NAME, coco_annotations(config.data, folder, labels))
+    _save_pictures(stage.directory / "pictures.jpg", folder, labels, config.num_pictures)
+    metrics = statistics(folder, labels)
+    _LOGGER.info("%s", json.dumps(metrics, indent=2))
+    stage.finish(outputs=[ANNOTATIONS_NAME], metrics=metrics)
+
+
+def choose(
+    folder: CocoFolder, detections: Mapping[int, Detections], recipe: PseudoLabelRecipe
+) -> dict[int, Detections]:
+    """The pseudo boxes of every image, by image id; only ``tags`` of the records are read."""
+    return {
+        record.image_id: _choose(
+            detections[record.image_id], np.array(record.tags, np.int64), recipe
+        )
+        for record in folder.records
+    }
+
+
+def coco_annotations(
+    root: Path, folder: CocoFolder, labels: Mapping[int, Detections]
+) -> dict[str, Any]:
+    """A COCO annotation file with the images and categories of ``root`` and the pseudo boxes."""
+    source = json.loads((root / "instances.json").read_text())
+    annotations: list[dict[str, Any]] = []
+    for image_id, found in labels.items():
+        for box_xywh, area, score, label in zip(
+            box_xywh_from_xyxy(found.boxes).astype(np.float64).round(3).tolist(),
+            box_area(found.boxes).tolist(),
+            found.scores.tolist(),
+            found.labels.tolist(),
+            strict=True,
+        ):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": folder.category_ids[label],
+                    "bbox": box_xywh,
+                    "area": area,
+                    "iscrowd": 0,
+                    "score": score,
+                }
+            )
+    return {
+        "images": source["images"],
+        "categories": source["categories"],
+        "annotations": annotations,
+    }
+
+
+def statistics(folder: CocoFolder, labels: Mapping[int, Detections]) -> dict[str, Any]:
+    """Counts of pseudo boxes, and how good they are where true boxes are known.
+
+    ``evaluation_only`` compares with the truth at IoU 0.5 by class; it is None for a set without
+    true boxes.
+    """
+    per_class = dict.fromkeys(folder.class_names, 0)
+    num_right, num_truth = 0, 0
+    for record in folder.records:
+        found = labels[record.image_id]
+        for label, name in enumerate(folder.class_names):
+            ours = found.boxes[found.labels == label]
+            truth = record.boxes[(record.labels == label) & ~record.is_crowd]
+            per_class[name] += len(ours)
+            num_right += int((greedy_matches(box_iou(truth, ours)) >= 0.5).sum())
+            num_truth += len(truth)
+    num_boxes = sum(per_class.values())
+    comparison = {
+        "precision_iou50": num_right / num_boxes if num_boxes else 0.0,
+        "recall_iou50": num_right / num_truth if num_truth else 0.0,
+        "num_true_boxes": num_truth,
+    }
+    return {
+        "num_boxes": num_boxes,
+        "boxes_per_image": num_boxes / max(1, len(folder.records)),
+        "images_without_boxes": sum(len(found) == 0 for found in labels.values()),
+        "boxes_per_class": per_class,
+        "evaluation_only": comparison if num_truth else None,
+    }
+
+
+def _choose(found: Detections, tags: NDArray[np.int64], recipe: PseudoLabelRecipe) -> Detections:
+    if recipe.method == "adaptive":
+        return select_pseudo_labels(found, tags, recipe.adaptive)
+    if recipe.method == "top_1":
+        return top_1(found, tags)
+    return above_threshold(found, tags, recipe.fixed_thresh)
+
+
+def _save_pictures(
+    path: Path, folder: CocoFolder, labels: Mapping[int, Detections], num_pictures: int
+) -> None:
+    stride = max(1, len(folder.records) // max(1, num_pictures))
+    pictures = [
+        Picture(image=record.image(), detections=labels[record.image_id], truth_boxes=record.boxes)
+        for record in folder.records[::stride][:num_pictures]
+    ]
+    save_contact_sheet(path, pictures, class_names=folder.class_names)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(tyro.cli(PseudoLabelConfig, description=__doc__))
