@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from weaksam_rt.contracts import ModelContract, TensorSpec
 
-_TRITON_TYPES = {
+TRITON_TYPES = {
     "BOOL": "TYPE_BOOL",
     "UINT8": "TYPE_UINT8",
     "INT32": "TYPE_INT32",
@@ -124,7 +124,7 @@ def _tensor(spec: TensorSpec, settings: ModelSettings) -> str:
     lines = [
         f"    # {spec.description}",
         f'    name: "{spec.name}"',
-        f"    data_type: {_TRITON_TYPES[spec.dtype]}",
+        f"    data_type: {TRITON_TYPES[spec.dtype]}",
         f"    dims: [ {', '.join(map(str, spec.shape))} ]",
     ]
     if spec.optional:
@@ -166,7 +166,7 @@ def _zeros(spec: TensorSpec) -> str:
     shape = [_WARM_UP_SIZE if size == -1 else size for size in spec.shape]
     dims = ", ".join(map(str, shape))
     return (
-        f'    inputs {{ key: "{spec.name}" value {{ data_type: {_TRITON_TYPES[spec.dtype]} '
+        f'    inputs {{ key: "{spec.name}" value {{ data_type: {TRITON_TYPES[spec.dtype]} '
         f"dims: [ {dims} ] zero_data: true }} }}"
     )
 

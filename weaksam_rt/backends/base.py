@@ -1,13 +1,14 @@
 """The one seam between the pipeline and whatever runs the models."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
+@runtime_checkable
 class InferenceBackend(Protocol):
     """Runs engine models by name, with the tensors of their contracts.
 

@@ -1,0 +1,176 @@
+"""Is this folder a model repository that our clients can use? Checked without starting a server.
+
+``config.pbtxt`` is parsed with Triton's own message type and compared with the contracts, so that
+a config edited by hand cannot drift from what export, server and client believe.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from weaksam_rt.artifacts import MANIFEST_NAME, load_artifact
+from weaksam_rt.contracts import (
+    ENGINE_MODELS,
+    MEMBERS_OF_PIPELINE,
+    PIPELINE_CONTRACTS,
+    PROMPT_CLUSTERING,
+    SAM_IMAGE_ENCODER,
+    SAM_MASK_DECODER,
+    WEAKSAM_DETECT,
+    ModelContract,
+    TensorSpec,
+)
+from weaksam_rt.errors import ArtifactError
+from weaksam_rt.model_config import TRITON_TYPES
+from weaksam_rt.model_repository import (
+    CONFIG_NAME,
+    PIPELINE_NAME,
+    member_contracts,
+    read_pipeline_file,
+)
+from weaksam_rt.pipeline import PipelineModels
+
+
+def check_model_repository(path: Path, *, with_engines: bool = True) -> list[str]:
+    """Every problem found, one sentence each; empty: the repository can be served.
+
+    Args:
+        path: The repository, of either profile.
+        with_engines: Also verify engine files and manifests; a snapshot under version control has
+            none.
+    """
+    if not path.is_dir():
+        return [f"{path} is not a folder"]
+    folders = {folder.name: folder for folder in sorted(path.iterdir()) if folder.is_dir()}
+    if not folders:
+        return [f"{path} holds no models"]
+    problems = _check_members(folders)
+    for name, folder in folders.items():
+        problems += [f"{name}: {problem}" for problem in _check_model(folder, with_engines)]
+    return problems
+
+
+def _check_members(served: Iterable[str]) -> list[str]:
+    """Models that a pipeline calls and that are not there; masks are optional for detection."""
+    served = set(served)
+    optional = {WEAKSAM_DETECT.name: {SAM_IMAGE_ENCODER, SAM_MASK_DECODER}}
+    return [
+        f"{pipeline}: its member {member} is not in the repository"
+        for pipeline, members in MEMBERS_OF_PIPELINE.items()
+        if pipeline in served
+        for member in members
+        if member not in served and member not in optional.get(pipeline, set())
+    ]
+
+
+def _check_model(folder: Path, with_engines: bool) -> list[str]:
+    try:
+        config = read_model_config(folder / CONFIG_NAME)
+    except (OSError, text_format.ParseError) as error:
+        return [f"{CONFIG_NAME} cannot be read: {error}"]
+    problems = [] if config.name == folder.name else [f"its config calls it {config.name!r}"]
+    versions = [p for p in folder.iterdir() if p.is_dir() and p.name.isdigit() and p.name != "0"]
+    if not versions and (with_engines or config.backend == "python"):
+        problems.append("it has no version folder")
+    for version in versions:
+        problems += _check_version(folder, version, config, with_engines)
+    return problems + list(_missing_label_files(folder, config))
+
+
+def read_model_config(path: Path) -> Any:
+    """``config.pbtxt`` as Triton's ``ModelConfig`` message.
+
+    Raises:
+        google.protobuf.text_format.ParseError: A field is unknown or ill-formed.
+    """
+    return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+
+
+def _check_version(folder: Path, version: Path, config: Any, with_engines: bool) -> list[str]:
+    problems: list[str] = []
+    if config.backend == "python" and not (version / "model.py").is_file():
+        problems.append(f"version {version.name} has no model.py")
+    if folder.name in ENGINE_MODELS and folder.name != PROMPT_CLUSTERING:
+        return problems + (_check_engine(folder, version, config) if with_engines else [])
+    try:
+        models, _ = read_pipeline_file(version / PIPELINE_NAME)
+    except ArtifactError as error:
+        return [*problems, str(error)]
+    contract = _contract_of(folder.name, models)
+    if contract is None:
+        return [*problems, "no pipeline or engine of ours has this name"]
+    return problems + contract_differences(config, contract) + _check_siblings(folder, models)
+
+
+def _check_engine(folder: Path, version: Path, config: Any) -> list[str]:
+    try:
+        artifact = load_artifact(version)
+    except ArtifactError as error:
+        return [str(error)]
+    problems = contract_differences(config, artifact.contract)
+    if artifact.model != folder.name:
+        problems.append(f"its {MANIFEST_NAME} is that of {artifact.model}")
+    if config.backend != "python" and config.default_model_filename != artifact.path.name:
+        problems.append(f"its config opens {config.default_model_filename!r}, the engine is "
+                        f"{artifact.path.name!r}")  # fmt: skip
+    return problems
+
+
+def _check_siblings(folder: Path, models: PipelineModels) -> list[str]:
+    """Do the members' configs have the sizes that this pipeline was built for?"""
+    problems = []
+    for name, contract in member_contracts(models).items():
+        path = folder.parent / name / CONFIG_NAME
+        if name in MEMBERS_OF_PIPELINE.get(folder.name, ()) and path.is_file():
+            try:
+                differences = contract_differences(read_model_config(path), contract)
+            except text_format.ParseError:
+                differences = []  # reported for the member itself
+            problems += [f"its {PIPELINE_NAME} and {name}: {text}" for text in differences]
+    return problems
+
+
+def _contract_of(name: str, models: PipelineModels) -> ModelContract | None:
+    return PIPELINE_CONTRACTS.get(name) or member_contracts(models).get(name)
+
+
+def contract_differences(config: Any, contract: ModelContract) -> list[str]:
+    """What a ``ModelConfig`` says otherwise than the contract."""
+    problems = []
+    if config.max_batch_size != contract.max_batch_size:
+        problems.append(
+            f"max_batch_size is {config.max_batch_size}, the contract says "
+            f"{contract.max_batch_size}"
+        )
+    for kind, found, specs in (
+        ("input", config.input, contract.inputs),
+        ("output", config.output, contract.outputs),
+    ):
+        got = {tensor.name: _described(tensor) for tensor in found}
+        expected = {spec.name: _expected(spec) for spec in specs}
+        problems += [
+            f"{kind} {name} is {got.get(name, 'missing')}, the contract says "
+            f"{expected.get(name, 'there is none')}"
+            for name in sorted(got.keys() | expected.keys())
+            if got.get(name) != expected.get(name)
+        ]
+    return problems
+
+
+def _described(tensor: Any) -> str:
+    kind = model_config_pb2.DataType.Name(tensor.data_type)
+    return f"{kind} {list(tensor.dims)}" + (" optional" if getattr(tensor, "optional", 0) else "")
+
+
+def _expected(spec: TensorSpec) -> str:
+    optional = " optional" if spec.optional else ""
+    return f"{TRITON_TYPES[spec.dtype]} {list(spec.shape)}{optional}"
+
+
+def _missing_label_files(folder: Path, config: Any) -> Iterator[str]:
+    for output in config.output:
+        if output.label_filename and not (folder / output.label_filename).is_file():
+            yield f"{output.label_filename} of its output {output.name} is missing"
