@@ -229,6 +229,15 @@ class EmbeddedServer:
 # ---------------------------------------------------------------------------------------------
 
 
+def check_installation() -> list[str]:
+    """What keeps this environment from starting a server, with what to do; empty: nothing."""
+    try:
+        _find_installation()
+    except ServerUnavailableError as error:
+        return [str(error)]
+    return []
+
+
 def _find_installation() -> _Installation:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:

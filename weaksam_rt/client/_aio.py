@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
@@ -137,6 +138,8 @@ class AsyncWeakSamClient:
             raise ValueError(f"max_in_flight is {max_in_flight}, expected at least 1")
 
         async def outcome(image: EncodedImage) -> DetectOutcome:
+            start = time.perf_counter()
+            result, failure = None, None
             try:
                 result = await self.detect(
                     image,
@@ -146,8 +149,9 @@ class AsyncWeakSamClient:
                     timeout_s=timeout_s,
                 )
             except WeakSamError as error:
-                return DetectOutcome(image=image, result=None, error=error)
-            return DetectOutcome(image=image, result=result, error=None)
+                failure = error
+            latency_ms = (time.perf_counter() - start) * 1e3
+            return DetectOutcome(image=image, result=result, error=failure, latency_ms=latency_ms)
 
         waiting: deque[asyncio.Task[DetectOutcome]] = deque()
         try:

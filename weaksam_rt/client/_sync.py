@@ -182,6 +182,8 @@ class WeakSamClient:
             raise ValueError(f"max_in_flight is {max_in_flight}, expected at least 1")
 
         def outcome(image: EncodedImage) -> DetectOutcome:
+            start = time.perf_counter()
+            result, failure = None, None
             try:
                 result = self.detect(
                     image,
@@ -191,8 +193,9 @@ class WeakSamClient:
                     timeout_s=timeout_s,
                 )
             except WeakSamError as error:
-                return DetectOutcome(image=image, result=None, error=error)
-            return DetectOutcome(image=image, result=result, error=None)
+                failure = error
+            latency_ms = (time.perf_counter() - start) * 1e3
+            return DetectOutcome(image=image, result=result, error=failure, latency_ms=latency_ms)
 
         return _in_order(outcome, images, max_in_flight)
 

@@ -30,6 +30,8 @@ class DetectOutcome:
     """What was given."""
     result: DetectResult | None
     error: WeakSamError | None
+    latency_ms: float
+    """From reading the image to the parsed answer, or to the error."""
 
     def unwrap(self) -> DetectResult:
         """The result; raises the error if there is none."""

@@ -1,0 +1,104 @@
+"""``weaksam serve``: a folder of models to a running server."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from weaksam_rt.artifacts import MANIFEST_NAME, load_artifact
+from weaksam_rt.config import PipelineConfig, load_toml
+from weaksam_rt.errors import ArtifactError
+from weaksam_rt.model_repository import CONFIG_NAME, build_model_repository
+from weaksam_rt.server import EmbeddedServer, ServerOptions, ServerTls
+
+
+@contextmanager
+def repository_of(models: Path, config: Path | None = None) -> Iterator[Path]:
+    """A Triton model repository for ``models``: itself, or one built for as long as it is used.
+
+    Args:
+        models: A model repository, or a folder with one subfolder for each exported model.
+        config: TOML file of the pipeline, for exported models. None: ``pipeline.toml`` among them,
+            or the defaults.
+
+    Raises:
+        ArtifactError: The folder is neither, or a model in it is damaged.
+        ValueError: ``config`` was given for a finished repository, or is not valid.
+    """
+    if any(models.glob(f"*/{CONFIG_NAME}")):
+        if config is not None:
+            raise ValueError(f"{models} is a finished repository with its own pipeline settings")
+        yield models
+        return
+    folders = sorted(path.parent for path in models.glob(f"*/{MANIFEST_NAME}"))
+    if not folders:
+        raise ArtifactError(
+            f"{models} holds neither a model repository (*/{CONFIG_NAME}) nor exported models "
+            f"(*/{MANIFEST_NAME})"
+        )
+    artifacts = [load_artifact(folder) for folder in folders]
+    beside = models / "pipeline.toml"
+    chosen = config if config is not None else beside if beside.is_file() else None
+    settings = PipelineConfig() if chosen is None else load_toml(chosen)
+    with tempfile.TemporaryDirectory(prefix="weaksam-repository-") as scratch:
+        repository = Path(scratch) / "models"
+        build_model_repository(artifacts, repository, profile="embedded", config=settings)
+        yield repository
+
+
+def serve(
+    models: Annotated[Path, tyro.conf.Positional],
+    *,
+    config: Path | None = None,
+    host: str = "127.0.0.1",
+    grpc_port: int = 8001,
+    http_port: int = 8000,
+    metrics_port: int = 8002,
+    tls_certificate: Path | None = None,
+    tls_key: Path | None = None,
+    tls_client_root: Path | None = None,
+    log_file: Path | None = None,
+) -> int:
+    """Serve models on a real Triton server until interrupted.
+
+    Example: `weaksam serve assets/demo_models`, then in another terminal
+    `weaksam detect photo.jpg`. Ctrl-C or SIGTERM stops it after the requests in flight.
+
+    Args:
+        models: Folder of exported models (one subfolder each), or a Triton model repository.
+        config: TOML file with pipeline settings (thresholds, prompts), for exported models.
+        host: Address to listen on; 0.0.0.0 opens it to the network.
+        grpc_port: Inference; 0 takes a free port.
+        http_port: Health checks (/v2/health/ready) and the HTTP protocol; 0 takes a free port.
+        metrics_port: Prometheus metrics (/metrics); 0 takes a free port.
+        tls_certificate: PEM file; encrypts the gRPC port, with tls_key.
+        tls_key: PEM file of the certificate's private key.
+        tls_client_root: PEM file; only clients with a certificate signed by it are let in.
+        log_file: Keep Triton's log there.
+    """
+    if (tls_certificate is None) != (tls_key is None):
+        raise ValueError("tls_certificate and tls_key belong together; give both or neither")
+    tls = None
+    if tls_certificate is not None and tls_key is not None:
+        tls = ServerTls(certificate=tls_certificate, key=tls_key, client_root=tls_client_root)
+    options = ServerOptions(
+        host=host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        tls=tls,
+        log_file=log_file,
+    )
+    console = Console()
+    with repository_of(models, config) as repository:
+        with console.status("starting Triton ..."):
+            server = EmbeddedServer(repository, options).__enter__()
+        with server:
+            console.print(f"ready: gRPC {server.grpc_address}, {server.http_url}")
+            console.print(f"metrics: {server.metrics_url}   stop: Ctrl-C")
+            server.wait()
+    return 0
