@@ -126,6 +126,13 @@ class EmbeddedServer:
         """The process runs; it may still be loading models."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """The server's process id; raises ``RuntimeError`` when it does not run."""
+        if self._process is None:
+            raise RuntimeError("the server is not running")
+        return self._process.pid
+
     def __enter__(self) -> "EmbeddedServer":
         try:
             self._start()

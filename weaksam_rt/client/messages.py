@@ -161,7 +161,7 @@ def _check_size(name: str, size: int, max_bytes: int) -> None:
         )
 
 
-def _scalar(value: float | bool | None, dtype: type[np.generic]) -> NDArray[Any] | None:
+def _scalar(value: float | int | bool | None, dtype: type[np.generic]) -> NDArray[Any] | None:
     return None if value is None else np.array([value], dtype)
 
 
