@@ -147,7 +147,7 @@ class _Block(nn.Module):
     def _drop(self, change: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return change
-        keep = torch.rand(len(change), 1, 1, device=change.device) >= self.drop_path
+        keep = torch.rand(change.shape[0], 1, 1, device=change.device) >= self.drop_path
         return change * (keep / (1 - self.drop_path)).to(change.dtype)
 
 
@@ -200,7 +200,7 @@ class ClassTokenVit(nn.Module):
         patches = self.patch_embed(image)
         height, width = patches.shape[-2:]
         tokens = patches.flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         x = x + self._positions(height, width)
         attentions = []
         for block in self.blocks:

@@ -1,0 +1,116 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import training.train_classifier as stage_module
+from training.data.augment import AugmentConfig, augment_images, normalize_images
+from training.data.scenes import SceneConfig
+from training.engine.checkpoint import load_weights
+from training.engine.stage import read_manifest
+from training.evaluation.tag_ap import tag_average_precision
+from training.generate_scenes import GenerateScenesConfig, generate_scenes
+from training.models.vit import VitConfig
+from training.models.vit_adapter import load_classifier
+from training.models.weaktr import WeakTrConfig
+from training.train_classifier import (
+    ClassifierRecipe,
+    TrainClassifierConfig,
+    learning_rate,
+    train_classifier,
+)
+
+_RECIPE = ClassifierRecipe(
+    model=WeakTrConfig(vit=VitConfig(image_size=32, patch_size=16, dim=8, depth=2, num_heads=2)),
+    epochs=3,
+    batch_size=4,
+    mixed_precision=False,
+)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    scene = SceneConfig(min_side=48, max_side=64)
+    generate_scenes(root, GenerateScenesConfig(num_train=9, num_val=3, scene=scene))
+    return root
+
+
+def _config(scenes, output, **changes):
+    return TrainClassifierConfig(
+        output=output,
+        data=scenes / "train",
+        val=scenes / "val",
+        recipe=dataclasses.replace(_RECIPE, **changes),
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def test_a_run_writes_a_loadable_classifier_and_its_metrics(scenes, tmp_path):
+    train_classifier(_config(scenes, tmp_path))
+    loaded = load_classifier(tmp_path / stage_module.WEIGHTS_NAME)
+    assert len(loaded.class_names) == 8
+    metrics = read_manifest(tmp_path)["metrics"]
+    assert 0 < metrics["val_map"] <= 1
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_run(scenes, tmp_path, monkeypatch):
+    train_classifier(_config(scenes, tmp_path / "whole"))
+    real = stage_module._train_epoch
+
+    def dies_in_the_second_epoch(model, optimizer, recipe, train, epoch, **rest):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return real(model, optimizer, recipe, train, epoch, **rest)
+
+    monkeypatch.setattr(stage_module, "_train_epoch", dies_in_the_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(_config(scenes, tmp_path / "killed"))
+    monkeypatch.setattr(stage_module, "_train_epoch", real)
+    torch.manual_seed(77)
+    train_classifier(_config(scenes, tmp_path / "killed"))
+    whole, killed = (
+        load_weights(tmp_path / name / stage_module.WEIGHTS_NAME) for name in ("whole", "killed")
+    )
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, killed[name]), name
+
+
+def test_too_few_images_for_a_batch_is_an_error_that_says_so(scenes, tmp_path):
+    with pytest.raises(ValueError, match="9 images, fewer than one batch of 16"):
+        train_classifier(_config(scenes, tmp_path, batch_size=16))
+
+
+def test_the_rate_warms_up_and_falls_to_zero():
+    rates = [learning_rate(step, 20, _RECIPE) / _RECIPE.learning_rate for step in range(21)]
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[20] == pytest.approx(0)
+
+
+def test_augmentation_changes_images_as_far_as_it_is_told_to():
+    images = torch.randint(0, 256, (3, 20, 20, 3), dtype=torch.uint8)
+    nothing = AugmentConfig(min_crop=1.0, flip=0.0, colour=0.0, erase=0.0)
+    same = augment_images(images, 20, nothing, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(same, normalize_images(images), atol=1e-4, rtol=1e-4)
+    mirror = dataclasses.replace(nothing, flip=1.0)
+    flipped = augment_images(images, 20, mirror, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(flipped, same.flip(3), atol=1e-4, rtol=1e-4)
+    once, again = (
+        augment_images(images, 16, AugmentConfig(), torch.Generator().manual_seed(4))
+        for _ in range(2)
+    )
+    assert once.shape == (3, 3, 16, 16)
+    assert torch.equal(once, again)
+
+
+def test_average_precision_of_tags():
+    scores = np.array([[0.9, 0.1], [0.8, 0.9], [0.7, 0.5]])
+    tags = np.array([[True, False], [False, False], [True, False]])
+    precision = tag_average_precision(scores, tags)
+    assert precision[0] == pytest.approx((1 + 2 / 3) / 2)
+    assert np.isnan(precision[1]), "a class without images has no precision"
