@@ -28,7 +28,7 @@ from torch.optim import AdamW
 from training.data.coco import CocoFolder, load_coco_folder
 from training.data.results import write_detections
 from training.data.views import FramedImage, ViewConfig, frame_image, random_view
-from training.detect import DetectConfig, detect_folder
+from training.detect import detect_folder
 from training.engine.checkpoint import (
     load_checkpoint,
     load_metadata,
@@ -48,6 +48,7 @@ from training.retraining.roi_drop import (
     keep_trusted_rois,
     reduce_roi_losses,
 )
+from weaksam_rt.config import DetectionConfig
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -64,7 +65,9 @@ class DetectorRecipe:
     model: FasterRcnnConfig = field(default_factory=FasterRcnnConfig)
     view: ViewConfig = field(default_factory=ViewConfig)
     roi_drop: RoiDropConfig = field(default_factory=RoiDropConfig)
-    detect: DetectConfig = field(default_factory=DetectConfig)
+    detection: DetectionConfig = field(
+        default_factory=lambda: DetectionConfig(score_thresh=0.01, nms_thresh=0.5)
+    )
     epochs: int = 12
     """Passes over the images that have boxes."""
     batch_size: int = 8
@@ -287,7 +290,7 @@ def _evaluate(
     folder = load_coco_folder(val, classes=class_names)
     adapter = DetectorAdapter(model).eval()
     detections = detect_folder(
-        adapter, folder, image_size=recipe.model.image_size, config=recipe.detect
+        adapter, folder, image_size=recipe.model.image_size, config=recipe.detection
     )
     write_detections(stage.directory / DETECTIONS_NAME, detections, folder=folder)
     report = summary(write_report(stage.directory, folder, detections))

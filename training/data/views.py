@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from weaksam_rt.boxes import box_area, clip_boxes
+from weaksam_rt.preprocessing import resize_longest_side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,14 +57,10 @@ def frame_image(
     frame_side: int,
 ) -> FramedImage:
     """Scale an RGB image [h, w, 3] and its boxes (pixels) into the model frame."""
-    height, width = image.shape[:2]
-    scale = frame_side / max(height, width)
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    pixels = np.zeros((frame_side, frame_side, 3), np.uint8)
-    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-    pixels[: size[0], : size[1]] = np.asarray(resized)
-    factors = np.array([size[1] / width, size[0] / height] * 2, np.float32)
-    return FramedImage(pixels=pixels, valid_size=size, boxes=boxes * factors, labels=labels)
+    pixels, frame = resize_longest_side(image, frame_side)
+    return FramedImage(
+        pixels=pixels, valid_size=frame.valid_size, boxes=frame.to_model(boxes), labels=labels
+    )
 
 
 def random_view(

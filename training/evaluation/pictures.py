@@ -8,19 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from weaksam_rt.drawing import draw_instances
 from weaksam_rt.files import atomic_path
 from weaksam_rt.types import Detections
 
 TRUTH_COLOUR = (255, 255, 255)
 """The colour of true boxes."""
-_PALETTE = (
-    (255, 196, 0),
-    (0, 200, 255),
-    (255, 64, 129),
-    (118, 255, 3),
-    (255, 110, 64),
-    (179, 136, 255),
-)
 _MARGIN_PX = 4
 
 
@@ -59,15 +52,18 @@ def _cell(picture: Picture, class_names: Sequence[str], cell_px: int) -> Image.I
     image = Image.fromarray(picture.image)
     scale = cell_px / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    draw = ImageDraw.Draw(image)
-    for box in picture.truth_boxes * scale:
-        draw.rectangle(box.tolist(), outline=TRUTH_COLOUR, width=1)
     found = picture.detections
-    for box, score, label in zip(found.boxes * scale, found.scores, found.labels, strict=True):
-        colour = _PALETTE[int(label) % len(_PALETTE)]
-        draw.rectangle(box.tolist(), outline=colour, width=2)
-        caption = f"{class_names[int(label)]} {score:.2f}"
-        corner = (float(box[0]) + 2, max(0.0, float(box[1])))
-        draw.rectangle(draw.textbbox(corner, caption), fill=(0, 0, 0))
-        draw.text(corner, caption, fill=colour)
-    return image
+    cell = draw_instances(
+        np.asarray(image),
+        found.boxes * np.float32(scale),
+        [
+            f"{class_names[label]} {score:.2f}"
+            for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True)
+        ],
+        found.labels.tolist(),
+    )
+    drawing = ImageDraw.Draw(cell)
+    for left, top, right, bottom in (picture.truth_boxes * scale).tolist():
+        if right > left and bottom > top:
+            drawing.rectangle((left, top, right, bottom), outline=TRUTH_COLOUR)
+    return cell
