@@ -1,7 +1,7 @@
 """Run a trained detector over a data set, through the same graph and suppression as serving."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from weaksam_rt.preprocessing import resize_longest_side
 from weaksam_rt.types import Detections
 
 
+@runtime_checkable
 class CandidateModel(Protocol):
     """A ``DetectorAdapter``, or anything of its signature."""
 
