@@ -53,7 +53,7 @@ class Stage:
             "outputs": {name: sha256_of_file(self.directory / name) for name in outputs},
             "metrics": dict(metrics or {}),
             "commit": git_commit(),
-            "versions": _versions(),
+            "versions": package_versions(),
             "duration_s": round(time.time() - self.started_at, 1),
         }
         write_json(self.directory / MANIFEST_NAME, manifest)
@@ -175,7 +175,8 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide results, those installed."""
     found = {}
     for package in _PACKAGES:
         try:

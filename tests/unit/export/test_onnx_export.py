@@ -3,6 +3,8 @@ import pytest
 import torch
 from torch import nn
 
+from export.__main__ import export_model
+from export.exportable import Exportable
 from export.onnx_from_module import onnx_from_module
 from export.verify import FP32, ParityError, parity
 from weaksam_rt.artifacts import load_artifact, write_manifest
@@ -92,4 +94,44 @@ def test_a_damaged_file_is_refused_before_it_is_opened(exported, tmp_path):
 def test_a_foreign_manifest_is_refused_in_one_line(tmp_path, manifest):
     (tmp_path / "manifest.json").write_text(manifest)
     with pytest.raises(ArtifactError, match="export the model again"):
+        load_artifact(tmp_path)
+
+
+def _exportable(module):
+    return Exportable(
+        model="detector",
+        module=module,
+        parameters=_PARAMETERS,
+        inputs=(_image(2), _image(1)),
+        tolerance=FP32,
+        source={"file": "toy"},
+    )
+
+
+def test_a_verified_export_carries_its_parity_and_versions(tmp_path):
+    artifact = export_model(_exportable(_ToyDetector()), tmp_path)
+    assert artifact.provenance["parity"]["scores"]["max_abs_error"] < 1e-5
+    assert {"torch", "onnxruntime"} <= set(artifact.provenance["versions"])
+    assert load_artifact(tmp_path) == artifact
+
+
+class _DriftingDetector(_ToyDetector):
+    """Its weights change between export and comparison, so that the two cannot agree."""
+
+    num_calls = 0
+
+    def forward(self, image):
+        drift = 0.0
+        if not torch.compiler.is_compiling():
+            type(self).num_calls += 1
+            drift = 0.05
+        boxes, scores, labels = super().forward(image)
+        return boxes + drift, scores, labels
+
+
+def test_an_export_that_disagrees_leaves_nothing_that_could_be_served(tmp_path):
+    with pytest.raises(ParityError, match=r"detector\.boxes"):
+        export_model(_exportable(_DriftingDetector()), tmp_path)
+    assert _DriftingDetector.num_calls > 0
+    with pytest.raises(ArtifactError):
         load_artifact(tmp_path)

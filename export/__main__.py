@@ -1,0 +1,126 @@
+"""``python -m export models|repository``: checkpoints to verified engines, engines to a
+repository.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from export.exportable import (
+    Exportable,
+    classifier_exportable,
+    detector_exportable,
+    example_tensors,
+    sam_exportables,
+)
+from export.onnx_from_module import OPSET, onnx_from_module
+from export.verify import parity
+from training.engine.stage import git_commit, package_versions
+from weaksam_rt.artifacts import ModelArtifact, load_artifact, write_manifest
+from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
+from weaksam_rt.config import PipelineConfig, load_toml
+from weaksam_rt.model_repository import build_model_repository
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def export_model(exportable: Exportable, directory: Path) -> ModelArtifact:
+    """Export one model to ``directory`` and accept it only if it agrees with PyTorch.
+
+    Returns:
+        The artifact: ``model.onnx`` and ``manifest.json`` with the parity figures.
+
+    Raises:
+        ParityError: ONNX Runtime's answers differ; no manifest is written, so nothing will load it.
+    """
+    path = directory / "model.onnx"
+    contract = exportable.contract
+    onnx_from_module(exportable.module, contract, example_tensors(exportable.inputs[0]), path)
+    provenance: dict[str, Any] = {
+        "source": exportable.source,
+        "exporter": {"name": "torch.onnx dynamo", "opset": OPSET},
+        "tolerance": dataclasses.asdict(exportable.tolerance),
+        "commit": git_commit(),
+        "versions": package_versions(),
+    }
+
+    def manifest(parity_figures: dict[str, Any]) -> ModelArtifact:
+        return write_manifest(
+            path,
+            model=exportable.model,
+            engine="onnxruntime",
+            parameters=exportable.parameters,
+            provenance={**provenance, "parity": parity_figures},
+        )
+
+    unverified = manifest({})
+    try:
+        figures = parity(
+            exportable.module,
+            OnnxRuntimeModel(unverified),
+            contract,
+            exportable.inputs,
+            exportable.tolerance,
+        )
+    except Exception:
+        (directory / "manifest.json").unlink()
+        raise
+    for name, result in figures.items():
+        _LOGGER.info("%s.%s: max error %.2g", contract.name, name, result["max_abs_error"])
+    return manifest(figures)
+
+
+def models(
+    output: Path,
+    *,
+    detector: Path | None = None,
+    classifier: Path | None = None,
+    sam: Path | None = None,
+) -> None:
+    """Export trained models to ONNX, each verified against PyTorch.
+
+    Args:
+        output: Gets one subfolder for each model, with model.onnx and manifest.json.
+        detector: Weights of training.retrain_detector.
+        classifier: Weights of training.train_classifier.
+        sam: Weights of training.train_sam, or an official SAM checkpoint.
+    """
+    chosen: list[Exportable] = []
+    if detector is not None:
+        chosen.append(detector_exportable(detector))
+    if classifier is not None:
+        chosen.append(classifier_exportable(classifier))
+    if sam is not None:
+        chosen += sam_exportables(sam)
+    if not chosen:
+        raise ValueError("nothing to export: give --detector, --classifier or --sam")
+    for exportable in chosen:
+        export_model(exportable, output / exportable.model)
+
+
+def repository(
+    models: Path,
+    output: Path,
+    *,
+    profile: Literal["embedded", "container"] = "embedded",
+    config: Path | None = None,
+) -> None:
+    """Build a Triton model repository from exported models.
+
+    Args:
+        models: Folder with one subfolder for each exported model.
+        output: The repository; replaced if it is one.
+        profile: Which server will read it.
+        config: TOML file with pipeline settings.
+    """
+    artifacts = [load_artifact(p.parent) for p in sorted(models.glob("*/manifest.json"))]
+    settings = PipelineConfig() if config is None else load_toml(config)
+    build_model_repository(artifacts, output, profile=profile, config=settings)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    tyro.extras.subcommand_cli_from_dict({"models": models, "repository": repository})

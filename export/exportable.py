@@ -1,0 +1,173 @@
+"""What there is to export: each trained model as a contract-shaped module with inputs to try it
+on.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from export.verify import FP32, Tolerance
+from training.engine.checkpoint import load_metadata
+from training.models.detector_adapter import DetectorAdapter
+from training.models.sam import load_sam
+from training.models.sam_adapters import SamImageEncoderAdapter, SamMaskDecoderAdapter
+from training.models.vit_adapter import VitClassifierAdapter, load_classifier
+from training.retrain_detector import load_detector
+from weaksam_rt.contracts import (
+    DETECTOR,
+    SAM_IMAGE_ENCODER,
+    SAM_MASK_DECODER,
+    VIT_CLASSIFIER,
+    DetectorParameters,
+    ModelContract,
+    Parameters,
+    SamParameters,
+    engine_contract,
+)
+from weaksam_rt.files import sha256_of_file
+from weaksam_rt.preprocessing import resize_maps
+from weaksam_rt.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, PADDING
+
+RANKED = Tolerance(max_abs_error=1e-3, max_mismatch_share=0.02)
+"""Outputs sorted by score: where two scores are equal to rounding, two places may be swapped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exportable:
+    """One model ready to be exported."""
+
+    model: str
+    """The served model's name."""
+    module: nn.Module
+    """Takes and gives the tensors of the contract."""
+    parameters: Parameters
+    inputs: tuple[Mapping[str, NDArray[Any]], ...]
+    """Inputs of several sizes; the first one is traced."""
+    tolerance: Tolerance
+    source: dict[str, Any]
+    """Where the weights come from, for the manifest."""
+
+    @property
+    def contract(self) -> ModelContract:
+        """The model's contract."""
+        return engine_contract(self.model, self.parameters)
+
+
+def detector_exportable(weights: Path) -> Exportable:
+    """The detector of ``training.retrain_detector``."""
+    model, class_names = load_detector(weights)
+    adapter = DetectorAdapter(model)
+    side = model.config.image_size
+    parameters = DetectorParameters(
+        image_size=side,
+        num_candidates=adapter.config.num_candidates,
+        class_names=class_names,
+    )
+    return Exportable(
+        model=DETECTOR,
+        module=adapter,
+        parameters=parameters,
+        inputs=tuple({"image": _pictures(batch, side)} for batch in (2, 1, 3)),
+        tolerance=RANKED,
+        source=_source(weights),
+    )
+
+
+def classifier_exportable(weights: Path) -> Exportable:
+    """The classifier of ``training.train_classifier``."""
+    loaded = load_classifier(weights)
+    adapter = VitClassifierAdapter(loaded.model)
+    parameters = adapter.parameters_of_contract(loaded.class_names)
+    return Exportable(
+        model=VIT_CLASSIFIER,
+        module=adapter,
+        parameters=parameters,
+        inputs=tuple({"image": _pictures(b, parameters.image_size)} for b in (2, 1, 3)),
+        tolerance=FP32,
+        source=_source(weights),
+    )
+
+
+def sam_exportables(weights: Path) -> tuple[Exportable, Exportable]:
+    """Image encoder and mask decoder of one SAM, ours or an official checkpoint."""
+    sam = load_sam(weights)
+    side = sam.image_encoder.img_size
+    grid = sam.prompt_encoder.image_embedding_size[0]
+    dim = sam.prompt_encoder.embed_dim
+    parameters = SamParameters(image_size=side, embedding_size=grid, embedding_dim=dim)
+    source = _source(weights)
+    encoder = Exportable(
+        model=SAM_IMAGE_ENCODER,
+        module=SamImageEncoderAdapter(sam),
+        parameters=parameters,
+        inputs=tuple(
+            {"image": _pictures(b, side), "valid_size": _valid_sizes(b, side)} for b in (2, 1, 3)
+        ),
+        tolerance=FP32,
+        source=source,
+    )
+    decoder = Exportable(
+        model=SAM_MASK_DECODER,
+        module=SamMaskDecoderAdapter(sam),
+        parameters=parameters,
+        inputs=tuple(
+            _decoder_inputs(parameters, num_images=i, num_prompts=p, num_points=n)
+            for i, p, n in ((2, 3, 4), (1, 1, 2), (3, 9, 2), (1, 5, 7))
+        ),
+        tolerance=FP32,
+        source=source,
+    )
+    return encoder, decoder
+
+
+def _pictures(num: int, side: int) -> NDArray[np.uint8]:
+    """Smooth seeded pictures: noise alone drives networks far from what they were trained on."""
+    rng = np.random.default_rng(num)
+    coarse = rng.random((num, 3, 9, 9), dtype=np.float32) * 255
+    detail = rng.normal(0, 6, (num, 3, side, side))
+    pictures = resize_maps(coarse, (side, side)) + detail
+    return np.ascontiguousarray(pictures.clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def _valid_sizes(num: int, side: int) -> NDArray[np.int32]:
+    shorter = [side - (side // 3) * (i % 2) for i in range(num)]
+    return np.array([(s, side) if i % 3 else (side, s) for i, s in enumerate(shorter)], np.int32)
+
+
+def _decoder_inputs(
+    parameters: SamParameters, *, num_images: int, num_prompts: int, num_points: int
+) -> dict[str, NDArray[Any]]:
+    """Half the prompts are points with one padding point, half end in the corners of a box."""
+    rng = np.random.default_rng([num_images, num_prompts, num_points])
+    grid = parameters.embedding_size
+    shape = (num_images, parameters.embedding_dim, grid, grid)
+    labels = np.full((num_prompts, num_points), FOREGROUND, np.int32)
+    labels[::2, -1] = PADDING
+    labels[1::2, -2:] = (BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)
+    coords = rng.uniform(0, parameters.image_size, (num_prompts, num_points, 2))
+    return {
+        "image_embeddings": rng.normal(size=shape).astype(np.float32),
+        "image_index": rng.integers(0, num_images, num_prompts).astype(np.int32),
+        "point_coords": coords.astype(np.float32),
+        "point_labels": labels,
+    }
+
+
+def _source(weights: Path) -> dict[str, Any]:
+    metadata = load_metadata(weights) if weights.suffix == ".safetensors" else {}
+    return {
+        "file": weights.name,
+        "sha256": sha256_of_file(weights),
+        "provenance": metadata.get("provenance", {}),
+    }
+
+
+def example_tensors(inputs: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+    """Arrays as tensors."""
+    return {name: torch.from_numpy(array) for name, array in inputs.items()}
