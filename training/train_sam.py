@@ -77,6 +77,8 @@ class SamRecipe:
     """Peak rate of AdamW."""
     trunk_rate_factor: float = 0.25
     """Rate of a pretrained trunk relative to the rest."""
+    frozen: tuple[str, ...] = ()
+    """Parameters whose names begin so stay as they are: the trunk's first layers cost most."""
     weight_decay: float = 0.02
     """Of AdamW."""
     warmup_steps: int = 100
@@ -205,6 +207,8 @@ def start_training(config: TrainSamConfig) -> Training:
             raise ValueError("trunk weights are for the compact encoder; use init for a ViT")
         trunk = load_imagenet_squeezenet(config.trunk_weights)
         sam.image_encoder.trunk.load_state_dict(trunk.state_dict())
+    for name, parameter in sam.named_parameters():
+        parameter.requires_grad_(not name.startswith(recipe.frozen))
     teacher = None if config.teacher is None else load_sam(config.teacher).requires_grad_(False)
     return Training(
         sam=sam.train(),
@@ -218,6 +222,8 @@ def make_optimizer(sam: Sam, recipe: SamRecipe) -> torch.optim.AdamW:
     """AdamW with a lower rate for the trunk and no decay for biases, norms and embeddings."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in sam.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_trunk = name.startswith("image_encoder.trunk.")
         decays = parameter.ndim >= 2 and "embed" not in name and "token" not in name
         groups.setdefault((is_trunk, decays), []).append(parameter)
@@ -333,13 +339,17 @@ def predict(
     mask_inputs: Tensor | None = None,
 ) -> MaskPrediction:
     """Masks for p / b prompts of each of b images, in the images' order."""
+    device_type = embeddings.device.type
+    dtype = torch.float32
+    if torch.is_autocast_enabled(device_type):  # one cast here saves one at every layer
+        dtype = torch.get_autocast_dtype(device_type)
     repeats = point_coords.shape[0] // embeddings.shape[0]
     return decode_masks(
         sam.mask_decoder,
-        embeddings.repeat_interleave(repeats, dim=0),
-        image_pe=_dense_positions(sam),
-        sparse=encode_points(sam.prompt_encoder, point_coords, point_labels),
-        dense=encode_masks(sam.prompt_encoder, mask_inputs),
+        embeddings.to(dtype).repeat_interleave(repeats, dim=0),
+        image_pe=_dense_positions(sam).to(dtype),
+        sparse=encode_points(sam.prompt_encoder, point_coords, point_labels).to(dtype),
+        dense=encode_masks(sam.prompt_encoder, mask_inputs).to(dtype),
     )
 
 

@@ -81,8 +81,8 @@ def focal_loss(
     Source:
         Focal loss (arXiv:1708.02002); the distance between probability and target modulates it.
     """
-    target = target.expand_as(logits)
-    entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    # The entropy of a logit x against t is softplus(x) - x t.
+    entropy = functional.softplus(logits) - logits * target
     alpha = 0.75 - 0.5 * target
     return (alpha * (logits.sigmoid() - target).square() * entropy).mean(dim=(2, 3))
 
