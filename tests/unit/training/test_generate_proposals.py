@@ -1,0 +1,240 @@
+import asyncio
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import training.generate_proposals as stage_module
+from training.data.coco import load_coco_folder
+from training.data.proposal_parts import ImagePart, read_part, write_part
+from training.data.results import read_proposals
+from training.data.scenes import SCENE_CLASSES, SceneConfig
+from training.engine.stage import read_manifest
+from training.evaluation.pointing import pointing_accuracy
+from training.generate_proposals import (
+    GenerateProposalsConfig,
+    ProposalRecipe,
+    generate_proposals,
+)
+from training.generate_scenes import GenerateScenesConfig, generate_scenes
+from training.models.sam import CompactEncoderConfig, SamConfig, build_sam, save_sam
+from training.models.vit import VitConfig
+from training.models.vit_adapter import save_classifier
+from training.models.weaktr import WeakTr, WeakTrConfig
+from training.torch_backend import TorchModel, proposal_models
+from weaksam_rt.config import PipelineConfig
+from weaksam_rt.contracts import DetectorParameters, detector_contract
+from weaksam_rt.errors import ArtifactError, ContractError
+from weaksam_rt.proposals import ProposalConfig
+from weaksam_rt.types import PointPrompts, Proposals
+
+_RECIPE = ProposalRecipe(
+    pipeline=PipelineConfig(proposals=ProposalConfig(points_per_side=2, min_side_px=2.0))
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Three scenes and two untrained toy models."""
+    root = tmp_path_factory.mktemp("world")
+    scene = SceneConfig(min_side=48, max_side=64)
+    generate_scenes(root, GenerateScenesConfig(num_train=3, num_val=1, scene=scene))
+    torch.manual_seed(0)
+    vit = VitConfig(image_size=32, patch_size=8, dim=8, depth=2, num_heads=2)
+    classifier = WeakTr(WeakTrConfig(vit=vit), len(SCENE_CLASSES))
+    save_classifier(root / "classifier.safetensors", classifier, SCENE_CLASSES)
+    config = SamConfig(image_size=64, embed_dim=32, encoder=CompactEncoderConfig(width=16))
+    save_sam(root / "sam.safetensors", build_sam(config), config)
+    return root
+
+
+def _config(world, output, **changes):
+    return GenerateProposalsConfig(
+        output=output,
+        data=world / "train",
+        classifier=world / "classifier.safetensors",
+        sam=world / "sam.safetensors",
+        recipe=dataclasses.replace(_RECIPE, **changes),
+        num_report_images=1,
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def _entries(output):
+    return json.loads((output / stage_module.PROPOSALS_NAME).read_text())
+
+
+def test_every_image_gets_proposals_and_the_manifest_says_how_good_they_are(world, tmp_path):
+    generate_proposals(_config(world, tmp_path))
+    folder = load_coco_folder(world / "train")
+    found = read_proposals(tmp_path / stage_module.PROPOSALS_NAME, folder=folder)
+    assert all(len(proposals) for proposals in found.values())
+    metrics = read_manifest(tmp_path)["metrics"]
+    assert 0 <= metrics["recall_0.75"] <= metrics["recall_0.5"] <= 1
+    assert metrics["mean_proposals"] == np.mean([len(p) for p in found.values()])
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert '<img src="0.jpg"' in page
+    assert (tmp_path / "report" / "0.jpg").is_file()
+
+
+def test_a_killed_run_goes_on_with_the_images_that_are_not_done(world, tmp_path, monkeypatch):
+    generate_proposals(_config(world, tmp_path / "whole"))
+    seen = []
+    real = stage_module._read_image
+
+    def dies_at_the_second(record):
+        seen.append(record.image_id)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(record)
+
+    monkeypatch.setattr(stage_module, "_read_image", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        generate_proposals(_config(world, tmp_path / "killed"))
+    generate_proposals(_config(world, tmp_path / "killed"))
+    assert seen == [0, 1, 1, 2], "the first image is not done again"
+    assert _entries(tmp_path / "killed") == _entries(tmp_path / "whole")
+
+
+def test_predicted_tags_never_look_at_the_true_ones(world, tmp_path):
+    """The same pictures without a single annotation give the same proposals."""
+    bare = tmp_path / "bare"
+    (bare / "images").mkdir(parents=True)
+    for path in (world / "train" / "images").iterdir():
+        (bare / "images" / path.name).write_bytes(path.read_bytes())
+    content = json.loads((world / "train" / "instances.json").read_text())
+    (bare / "instances.json").write_text(json.dumps({**content, "annotations": []}))
+    generate_proposals(_config(world, tmp_path / "a", tags="predicted"))
+    unseen = dataclasses.replace(_config(world, tmp_path / "b", tags="predicted"), data=bare)
+    generate_proposals(unseen)
+    assert _entries(tmp_path / "a") == _entries(tmp_path / "b")
+
+
+def test_a_bad_image_stops_the_run_with_its_name_or_is_listed(world, tmp_path):
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    for path in (world / "train" / "images").iterdir():
+        content = path.read_bytes()
+        is_bad = path.name == "0000001.jpg"
+        (data / "images" / path.name).write_bytes(content[:300] if is_bad else content)
+    (data / "instances.json").write_bytes((world / "train" / "instances.json").read_bytes())
+    config = dataclasses.replace(_config(world, tmp_path / "stops"), data=data)
+    with pytest.raises(ValueError, match=r"0000001\.jpg.*--recipe\.skip-bad"):
+        generate_proposals(config)
+    config = dataclasses.replace(_config(world, tmp_path / "goes_on", skip_bad=True), data=data)
+    generate_proposals(config)
+    assert {entry["image_id"] for entry in _entries(tmp_path / "goes_on")} == {0, 2}
+    assert list(json.loads((tmp_path / "goes_on" / "skipped.json").read_text())) == ["0000001.jpg"]
+    assert read_manifest(tmp_path / "goes_on")["metrics"]["num_skipped"] == 1
+
+
+def _part(num_points=2):
+    return ImagePart(
+        proposals=Proposals(
+            boxes=np.array([[0, 1, 2, 3]], np.float32),
+            scores=np.ones(1, np.float32),
+            sources=np.ones(1, np.int32),
+            image_size=(8, 9),
+        ),
+        prompts=_prompts([(i, i) for i in range(num_points)], [0] * num_points, 2),
+        used_tags=("é", "b"),
+    )
+
+
+def _prompts(points, class_ids, source, scores=None):
+    num = len(points)
+    return PointPrompts(
+        points=np.array(points, np.float32).reshape(num, 2),
+        scores=np.ones(num, np.float32) if scores is None else np.array(scores, np.float32),
+        class_ids=np.array(class_ids, np.int32),
+        sources=np.full(num, source, np.int32),
+    )
+
+
+@pytest.mark.parametrize("num_points", [0, 2])
+def test_a_part_reads_back_as_it_was(tmp_path, num_points):
+    part = _part(num_points)
+    write_part(tmp_path / "1.npz", part)
+    back = read_part(tmp_path / "1.npz", (8, 9))
+    np.testing.assert_array_equal(back.proposals.boxes, part.proposals.boxes)
+    np.testing.assert_array_equal(back.prompts.points, part.prompts.points)
+    assert back.used_tags == part.used_tags
+    assert read_part(tmp_path / "2.npz", (8, 9)) is None
+
+
+def test_a_damaged_part_is_an_error_that_names_it(tmp_path):
+    write_part(tmp_path / "1.npz", _part())
+    (tmp_path / "1.npz").write_bytes((tmp_path / "1.npz").read_bytes()[:-40])
+    with pytest.raises(ArtifactError, match=r"1\.npz is damaged"):
+        read_part(tmp_path / "1.npz", (8, 9))
+
+
+def test_the_pointing_game_counts_the_highest_peak_of_each_true_class(world):
+    folder = load_coco_folder(world / "train")
+    record = folder.records[0]
+    x1, y1, x2, y2 = record.boxes[0]
+    inside, outside = ((x1 + x2) // 2, (y1 + y2) // 2), (-5, -5)
+    tag, other = int(record.labels[0]), next(c for c in range(8) if c not in record.tags)
+
+    def fine(points, class_ids, scores):
+        prompts = {record.image_id: _prompts(points, class_ids, 2, scores)}
+        return pointing_accuracy(folder, prompts)
+
+    assert fine([inside, outside], [tag, tag], [1.0, 0.9]).fine == 1
+    assert fine([inside, outside], [tag, tag], [0.9, 1.0]).fine == 0
+    assert np.isnan(fine([inside], [other], [1.0]).fine), "a class that is not there"
+    cross = {record.image_id: _prompts([inside, outside], [-1, -1], 3)}
+    assert pointing_accuracy(folder, cross).cross == 0.5
+
+
+def test_a_torch_model_checks_its_contract():
+    parameters = DetectorParameters(image_size=4, num_candidates=2, class_names=("a",))
+
+    class Detector(torch.nn.Module):
+        def forward(self, image):
+            num = image.shape[0]
+            return torch.zeros(num, 2, 4), torch.zeros(num, 2), torch.zeros(num, 2).int()
+
+    model = TorchModel(Detector(), detector_contract(parameters))
+    image = np.zeros((3, 4, 4, 3), np.uint8)
+    assert model({"image": image}, ["scores"])["scores"].shape == (3, 2)
+    assert list(model({"image": image})) == ["boxes", "scores", "labels"]
+    with pytest.raises(ContractError, match="UINT8"):
+        model({"image": image.astype(np.float32)})
+    with pytest.raises(ContractError, match="masks"):
+        model({"image": image}, ["masks"])
+
+
+def test_the_backend_serves_all_that_proposals_need(world):
+    from training.models.sam import load_sam
+    from training.models.vit_adapter import load_classifier
+
+    trained = proposal_models(
+        load_classifier(world / "classifier.safetensors"),
+        load_sam(world / "sam.safetensors"),
+        _RECIPE.pipeline.clustering,
+    )
+    side = trained.models.sam.image_size
+    answer = asyncio.run(
+        trained.backend.infer(
+            "sam_image_encoder",
+            {
+                "image": np.zeros((1, side, side, 3), np.uint8),
+                "valid_size": np.array([[side, side]], np.int32),
+            },
+        )
+    )
+    decoded = asyncio.run(
+        trained.backend.infer(
+            "sam_mask_decoder",
+            {
+                "image_embeddings": answer["image_embeddings"],
+                "image_index": np.zeros(2, np.int32),
+                "point_coords": np.zeros((2, 1, 2), np.float32),
+                "point_labels": np.ones((2, 1), np.int32),
+            },
+        )
+    )
+    assert decoded["low_res_logits"].shape[:2] == (2, 4)

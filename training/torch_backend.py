@@ -1,0 +1,106 @@
+"""Trained modules behind the runtime's backend protocol: training runs the very same
+``weaksam_rt.pipeline`` as serving.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from segment_anything.modeling import Sam
+from torch import nn
+
+from training.models.sam_adapters import SamImageEncoderAdapter, SamMaskDecoderAdapter
+from training.models.vit_adapter import LoadedClassifier, VitClassifierAdapter
+from weaksam_rt.backends.base import Arrays
+from weaksam_rt.backends.local import LocalBackend, ModelFunction
+from weaksam_rt.contracts import (
+    PROMPT_CLUSTERING,
+    SAM_IMAGE_ENCODER,
+    SAM_MASK_DECODER,
+    VIT_CLASSIFIER,
+    ModelContract,
+    SamParameters,
+    sam_image_encoder_contract,
+    sam_mask_decoder_contract,
+    vit_classifier_contract,
+)
+from weaksam_rt.pipeline import PipelineModels
+from weaksam_rt.prompt_clustering import ClusteringConfig, prompt_clustering_model
+
+
+class TorchModel:
+    """A contract-shaped module as a model function, the torch sister of ``OnnxRuntimeModel``."""
+
+    def __init__(self, module: nn.Module, contract: ModelContract, *, device: str = "cpu") -> None:
+        """Take over ``module``: it is moved to ``device`` and switched to evaluation.
+
+        Args:
+            module: Takes the contract's inputs in order, gives its outputs in order (a tuple, or
+                one tensor).
+            contract: What goes in and out; checked on every call.
+            device: A torch device, for example ``cuda``.
+        """
+        self.contract = contract
+        self._module = module.eval().to(device)
+        self._device = device
+
+    def __call__(
+        self, inputs: Arrays, outputs: Sequence[str] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Run once; raises ``ContractError`` for ill-formed inputs and unknown outputs."""
+        self.contract.check_inputs(inputs)
+        names = [spec.name for spec in self.contract.outputs]
+        wanted = names if outputs is None else [self.contract.output(n).name for n in outputs]
+        tensors = [
+            torch.from_numpy(inputs[spec.name].copy()).to(self._device)
+            for spec in self.contract.inputs
+        ]
+        with torch.inference_mode():
+            results = self._module(*tensors)
+        results = (results,) if isinstance(results, torch.Tensor) else results
+        found = dict(zip(names, results, strict=True))
+        return {name: found[name].cpu().numpy() for name in wanted}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedModels:
+    """What a ``WeakSamPipeline`` needs."""
+
+    backend: LocalBackend
+    models: PipelineModels
+
+
+def proposal_models(
+    classifier: LoadedClassifier, sam: Sam, clustering: ClusteringConfig, *, device: str = "cpu"
+) -> TrainedModels:
+    """The models of ``WeakSamPipeline.propose`` and ``segment``, in this process.
+
+    Args:
+        classifier: From ``load_classifier``.
+        sam: From ``load_sam``.
+        clustering: Settings of prompt clustering.
+        device: A torch device; clustering stays on the CPU.
+    """
+    vit = VitClassifierAdapter(classifier.model)
+    vit_parameters = vit.parameters_of_contract(classifier.class_names)
+    side, channels = sam.prompt_encoder.image_embedding_size[0], sam.prompt_encoder.embed_dim
+    sam_parameters = SamParameters(
+        image_size=sam.image_encoder.img_size, embedding_size=side, embedding_dim=channels
+    )
+    functions: dict[str, ModelFunction] = {
+        VIT_CLASSIFIER: TorchModel(vit, vit_classifier_contract(vit_parameters), device=device),
+        PROMPT_CLUSTERING: partial(prompt_clustering_model, config=clustering),
+        SAM_IMAGE_ENCODER: TorchModel(
+            SamImageEncoderAdapter(sam), sam_image_encoder_contract(sam_parameters), device=device
+        ),
+        SAM_MASK_DECODER: TorchModel(
+            SamMaskDecoderAdapter(sam), sam_mask_decoder_contract(sam_parameters), device=device
+        ),
+    }
+    return TrainedModels(
+        backend=LocalBackend(functions),
+        models=PipelineModels(vit_classifier=vit_parameters, sam=sam_parameters),
+    )
