@@ -156,6 +156,10 @@ class RoiBoxHead(nn.Module):
         )
         self.classes = nn.Linear(config.head_width, num_classes + 1)
         self.offsets = nn.Linear(config.head_width, 4 * (num_classes + 1))
+        for layer in self.hidden:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
         nn.init.normal_(self.classes.weight, std=0.01)
         nn.init.normal_(self.offsets.weight, std=0.001)
         nn.init.zeros_(self.classes.bias)

@@ -42,4 +42,10 @@ def test_gradients_are_those_of_roi_align():
 
 
 def test_no_rois_give_no_features():
-    assert pool_rois(torch.zeros(2, 3, 4, 4), torch.zeros(2, 0, 4), stride=8).shape == (2, 0, 7, 7, 3)
+    assert pool_rois(torch.zeros(2, 3, 4, 4), torch.zeros(2, 0, 4), stride=8).shape == (
+        2,
+        0,
+        7,
+        7,
+        3,
+    )

@@ -90,5 +90,5 @@ def test_the_log_says_which_share_was_dropped():
 
 @pytest.mark.parametrize("bad", [{"classification_thresh": -1.0}, {"start_fraction": 1.5}])
 def test_settings_out_of_range_are_refused(bad):
-    with pytest.raises(ValueError, match="at least 0|in \\[0, 1\\]"):
+    with pytest.raises(ValueError, match=r"at least 0|in \[0, 1\]"):
         RoiDropConfig(**bad)
