@@ -1,0 +1,179 @@
+"""The whole chain by one command: ``python -m training.run --help``.
+
+Every stage is a folder below ``--output``; finished stages are skipped, a killed one goes on. Only
+image-level tags are learnt from; boxes are read to report figures, and by ``--supervised``.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+
+from training import generate_pseudo_labels, retrain_detector, train_wsod
+from training.data.coco import load_coco_folder
+from training.data.results import read_detections
+from training.engine.stage import read_manifest
+from training.evaluate import evaluate, summary
+from training.generate_proposals import (
+    PROPOSALS_NAME,
+    GenerateProposalsConfig,
+    ProposalRecipe,
+    generate_proposals,
+)
+from training.recipes import RECIPES, ChainRecipe
+from training.train_classifier import WEIGHTS_NAME, TrainClassifierConfig, train_classifier
+from weaksam_rt.files import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Train the whole chain on tagged images."""
+
+    recipe: Literal["scenes", "animals7", "folder"]
+    """Settings of all stages; see ``training.recipes``."""
+    data: Path
+    """Training images: a folder with ``images/`` and ``instances.json``."""
+    val: Path
+    """Validation images, the same form."""
+    output: Path
+    """Gets one subfolder for each stage, and ``summary.json``."""
+    sam: Path
+    """SAM weights: of ``training.train_sam``, or an official checkpoint."""
+    trunk_weights: Path
+    """ImageNet weights of SqueezeNet 1.0 for the detectors."""
+    vit_weights: Path | None = None
+    """ImageNet weights of the classifier's ViT; None trains it from the beginning."""
+    classifier: Path | None = None
+    """Use this finished classifier stage instead of training one, for example from another seed."""
+    proposals: Path | None = None
+    """Folder of another run whose finished proposals are used; they do not depend on the seed of
+    what follows."""
+    seed: int = 0
+    """Of every stage that draws random numbers."""
+    supervised: bool = False
+    """Also train the same detector on the true boxes: the upper bound."""
+    num_threads: int = 2
+    """CPU threads of torch."""
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Run all stages and write ``summary.json``.
+
+    Returns:
+        The summary: the metrics of each stage.
+    """
+    recipe = RECIPES[config.recipe]().with_seed(config.seed)
+    train_proposals, val_proposals = _proposals(config, recipe)
+    wsod = config.output / "wsod"
+    train_wsod.main(
+        train_wsod.TrainWsodConfig(
+            data=config.data,
+            proposals=train_proposals / PROPOSALS_NAME,
+            output=wsod,
+            trunk_weights=config.trunk_weights,
+            val=config.val,
+            val_proposals=val_proposals / PROPOSALS_NAME,
+            recipe=recipe.wsod,
+        )
+    )
+    labels = config.output / "pseudo_labels"
+    generate_pseudo_labels.main(
+        generate_pseudo_labels.PseudoLabelConfig(
+            data=config.data,
+            detections=wsod / train_wsod.DETECTIONS_NAME,
+            output=labels,
+            recipe=recipe.pseudo_labels,
+        )
+    )
+    pseudo = labels / generate_pseudo_labels.ANNOTATIONS_NAME
+    _retrain(config, recipe, config.output / "detector", annotations=pseudo)
+    report = {
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "proposals_train": read_manifest(train_proposals)["metrics"],
+        "proposals_val": read_manifest(val_proposals)["metrics"],
+        "wsod_train": _score(config.data, wsod / train_wsod.DETECTIONS_NAME),
+        "wsod_val": _score(config.val, wsod / train_wsod.VAL_DETECTIONS_NAME),
+        "pseudo_labels": read_manifest(labels)["metrics"],
+        "detector": read_manifest(config.output / "detector")["metrics"]["val"],
+    }
+    if config.supervised:
+        _retrain(config, recipe, config.output / "supervised", annotations=None)
+        report["supervised"] = read_manifest(config.output / "supervised")["metrics"]["val"]
+        ratio = report["detector"]["voc_ap50"] / max(report["supervised"]["voc_ap50"], 1e-9)
+        report["ap50_of_supervised"] = ratio
+    write_json(config.output / "summary.json", report)
+    return report
+
+
+def _proposals(config: RunConfig, recipe: ChainRecipe) -> tuple[Path, Path]:
+    """Folders of the training and the validation proposals; predicted tags for the latter."""
+    base = config.output if config.proposals is None else config.proposals
+    folders = base / "proposals_train", base / "proposals_val"
+    if config.proposals is not None:
+        for folder in folders:
+            read_manifest(folder)
+        return folders
+    classifier = config.output / "classifier" if config.classifier is None else config.classifier
+    if config.classifier is None:
+        train_classifier(
+            TrainClassifierConfig(
+                output=classifier,
+                data=config.data,
+                val=config.val,
+                weights=config.vit_weights,
+                recipe=recipe.classifier,
+                num_threads=config.num_threads,
+            )
+        )
+    predicted: ProposalRecipe = replace(recipe.proposals, tags="predicted")
+    for folder, data, settings in (
+        (folders[0], config.data, recipe.proposals),
+        (folders[1], config.val, predicted),
+    ):
+        generate_proposals(
+            GenerateProposalsConfig(
+                output=folder,
+                data=data,
+                classifier=classifier / WEIGHTS_NAME,
+                sam=config.sam,
+                recipe=settings,
+                num_threads=config.num_threads,
+            )
+        )
+    return folders
+
+
+def _retrain(
+    config: RunConfig, recipe: ChainRecipe, output: Path, annotations: Path | None
+) -> None:
+    retrain_detector.main(
+        retrain_detector.RetrainDetectorConfig(
+            data=config.data,
+            output=output,
+            annotations=annotations,
+            val=config.val,
+            trunk_weights=config.trunk_weights,
+            recipe=recipe.detector,
+        )
+    )
+
+
+def _score(data: Path, detections: Path) -> dict[str, float | None]:
+    folder = load_coco_folder(data)
+    return summary(evaluate(folder, read_detections(detections, folder=folder)))
+
+
+def main(config: tyro.conf.OmitArgPrefixes[RunConfig]) -> None:
+    """Run the chain and print the summary."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler()])
+    Console().print_json(json.dumps(run(config)))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
