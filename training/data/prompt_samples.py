@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from training.data.coco import ImageRecord, load_coco_folder
+from weaksam_rt.masks import mask_to_box
+from weaksam_rt.preprocessing import longest_side_frame
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _MAX_TRIES = 8
@@ -90,7 +92,8 @@ def load_masked_images(root: Path, longest_side: int) -> list[MaskedImage]:
 
 def masked_image(record: ImageRecord, longest_side: int) -> MaskedImage:
     """Decode one record and reduce it; crowds and masks that vanish are left out."""
-    height, width = fit_inside(record.image_size, longest_side, enlarge=False)
+    side = min(longest_side, max(record.image_size))
+    height, width = longest_side_frame(record.image_size, side).valid_size
     masks = [
         _resize(m.view(np.uint8) * np.uint8(255), height, width) >= _INSIDE
         for m in _instances(record)
@@ -99,17 +102,6 @@ def masked_image(record: ImageRecord, longest_side: int) -> MaskedImage:
         image=_resize(record.image(), height, width),
         rles=tuple(coco_mask.encode(np.asfortranarray(m.view(np.uint8))) for m in masks if m.any()),
     )
-
-
-def fit_inside(
-    image_size: tuple[int, int], longest_side: int, *, enlarge: bool = True
-) -> tuple[int, int]:
-    """(height, width) with this longest side and the same aspect, rounded as SAM does."""
-    scale = longest_side / max(image_size)
-    if scale >= 1 and not enlarge:
-        return image_size
-    height, width = (max(1, int(side * scale + 0.5)) for side in image_size)
-    return height, width
 
 
 def draw_sample(
@@ -154,7 +146,7 @@ def draw_prompt(
     """Coordinates [2, 2] and labels [2] of a box or point prompt for a mask that is not empty."""
     kind = generator.random()
     if kind < config.box_probability:
-        corners = jitter_box(box_of_mask(mask), config.box_jitter, generator)
+        corners = jitter_box(mask_to_box(mask), config.box_jitter, generator)
         limit = np.array(mask.shape[::-1], dtype=np.float32)
         return np.clip(corners.reshape(2, 2), 0, limit), np.array([2, 3], dtype=np.int32)
     if kind < config.box_probability + config.centre_probability:
@@ -182,13 +174,6 @@ def random_interior_point(
     flat = np.flatnonzero(mask)
     y, x = np.unravel_index(generator.choice(flat), mask.shape)
     return np.array([x, y], dtype=np.float32)
-
-
-def box_of_mask(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """The tight box XYXY of a mask that is not empty, in continuous coordinates; [4]."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    corners = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-    return np.array(corners, dtype=np.float32)
 
 
 def jitter_box(
@@ -227,7 +212,8 @@ def _draw_view(
         share = generator.uniform(config.min_shrink, 1) if shrinks else 1.0
         crop = _whole(image) if whole else _random_crop(image, config.min_crop, generator)
         height, width = image.image[crop].shape[:2]
-        size = fit_inside((height, width), max(1, round(frame_size * share)))
+        side = max(1, round(frame_size * share))
+        size = longest_side_frame((height, width), side).valid_size
         flip = slice(None, None, -1 if generator.random() < 0.5 else 1)
         # The last try takes whatever there is, so that every image gives a sample.
         level, min_area = (1, 1) if attempt == _MAX_TRIES else (_INSIDE, config.min_area)
