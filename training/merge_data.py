@@ -44,7 +44,7 @@ def merge_data(
             if not kept or record.path.name in excluded:
                 continue
             name = f"{number}_{record.path.name}"
-            _link(record.path, output / "images" / name)
+            link_image(record.path, output / "images" / name)
             height, width = record.image_size
             image_id = len(images) + 1
             images.append({"id": image_id, "file_name": name, "height": height, "width": width})
@@ -72,7 +72,9 @@ def _kept(record: ImageRecord, folder: CocoFolder, classes: Sequence[str]) -> li
     ]
 
 
-def _link(source: Path, target: Path) -> None:
+def link_image(source: Path, target: Path) -> None:
+    """A symbolic link at ``target`` to the file ``source``; replaces an older one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     target.symlink_to(source.resolve())
 

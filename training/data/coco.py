@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from weaksam_rt.boxes import box_xyxy_from_xywh
@@ -36,16 +36,22 @@ class ImageRecord:
     """[n]; crowd regions are never positives and never false positives."""
     segmentations: tuple[Any, ...]
     """COCO polygons or RLE, one per instance, or empty where the set has no masks."""
+    given_tags: tuple[int, ...] | None = None
+    """0-based classes, where the set was tagged and has no boxes to take them from."""
 
     @property
     def tags(self) -> tuple[int, ...]:
         """The 0-based classes present, ascending: all that the weakly-supervised stages may see."""
+        if self.given_tags is not None:
+            return self.given_tags
         return tuple(int(label) for label in np.unique(self.labels[~self.is_crowd]))
 
     def image(self) -> NDArray[np.uint8]:
-        """The pixels, RGB uint8 [h, w, 3]."""
+        """The pixels, RGB uint8 [h, w, 3], upright where the set's sizes are those of upright images."""
         with Image.open(self.path) as image:
-            return np.array(image.convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+            is_upright = (upright.height, upright.width) == self.image_size
+            return np.array((upright if is_upright else image).convert("RGB"))
 
     def masks(self) -> NDArray[np.bool_]:
         """The instance masks, [n, h, w]; raises ``ValueError`` where the set has none."""
@@ -80,6 +86,9 @@ def load_coco_folder(
             in id order.
         annotations: Another annotation file of the same images, for example pseudo boxes.
 
+    An image entry may carry ``tags``, a list of class names: then these are its tags, and it needs
+    no annotations (``training.tag_file`` writes such files).
+
     Raises:
         FileNotFoundError: There is no such folder or file.
         ValueError: A class is not in the file.
@@ -94,8 +103,10 @@ def load_coco_folder(
     for annotation in content["annotations"]:
         if annotation["category_id"] in label_of_id:
             of_image[annotation["image_id"]].append(annotation)
+    label_of_name = {name: label for label, name in enumerate(names)}
     records = tuple(
-        _record(root, image, of_image[image["id"]], label_of_id) for image in content["images"]
+        _record(root, image, of_image[image["id"]], label_of_id, label_of_name)
+        for image in content["images"]
     )
     return CocoFolder(
         root=root, class_names=names, category_ids=tuple(ids[n] for n in names), records=records
@@ -107,8 +118,12 @@ def _record(
     image: dict[str, Any],
     annotations: list[dict[str, Any]],
     label_of_id: dict[int, int],
+    label_of_name: dict[str, int],
 ) -> ImageRecord:
     labels = [label_of_id[a["category_id"]] for a in annotations]
+    given_tags = None
+    if "tags" in image:
+        given_tags = tuple(sorted(label_of_name[t] for t in image["tags"] if t in label_of_name))
     return ImageRecord(
         image_id=image["id"],
         path=root / "images" / image["file_name"],
@@ -117,6 +132,7 @@ def _record(
         labels=np.array(labels, dtype=np.int64),
         is_crowd=np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool),
         segmentations=tuple(a["segmentation"] for a in annotations if a.get("segmentation")),
+        given_tags=given_tags,
     )
 
 
