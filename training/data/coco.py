@@ -47,7 +47,7 @@ class ImageRecord:
         return tuple(int(label) for label in np.unique(self.labels[~self.is_crowd]))
 
     def image(self) -> NDArray[np.uint8]:
-        """The pixels, RGB uint8 [h, w, 3], upright where the set's sizes are those of upright images."""
+        """RGB uint8 [h, w, 3]; upright where the set's sizes are those of upright images."""
         with Image.open(self.path) as image:
             upright = ImageOps.exif_transpose(image)
             is_upright = (upright.height, upright.width) == self.image_size
