@@ -1,9 +1,11 @@
 """``weaksam serve``: a folder of models to a running server."""
 
+import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import tyro
@@ -94,11 +96,17 @@ def serve(
         log_file=log_file,
     )
     console = Console()
-    with repository_of(models, config) as repository:
+    # Without it a SIGTERM before the server is up would end this process and leave Triton behind.
+    signal.signal(signal.SIGTERM, _leave)
+    with ExitStack() as stack:
         with console.status("starting Triton ..."):
-            server = EmbeddedServer(repository, options).__enter__()
-        with server:
-            console.print(f"ready: gRPC {server.grpc_address}, {server.http_url}")
-            console.print(f"metrics: {server.metrics_url}   stop: Ctrl-C")
-            server.wait()
+            repository = stack.enter_context(repository_of(models, config))
+            server = stack.enter_context(EmbeddedServer(repository, options))
+        console.print(f"ready: gRPC {server.grpc_address}, {server.http_url}")
+        console.print(f"metrics: {server.metrics_url}   stop: Ctrl-C")
+        server.wait()
     return 0
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
