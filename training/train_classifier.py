@@ -42,9 +42,13 @@ _EVALUATION_BATCH = 16
 class ClassifierRecipe:
     """Everything that decides the result of a training besides its data."""
 
-    model: WeakTrConfig = field(default_factory=lambda: WeakTrConfig(class_readout="linear"))
+    model: WeakTrConfig = field(
+        default_factory=lambda: WeakTrConfig(class_readout="linear", coarse_pool="attention")
+    )
     """Sizes; with pretrained weights those of the weights."""
-    epochs: int = 6
+    background_weight: float = 0.5
+    """Of the loss that no class answers where no class token looks."""
+    epochs: int = 4
     """Passes over the training images."""
     batch_size: int = 32
     """Images per step; what is left over at the end of an epoch waits for the next."""
@@ -266,7 +270,9 @@ def _train_epoch(
         images = augment_images(train.images[batch], side, recipe.augment, generator)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.mixed_precision):
             output = model(images)
-        loss, parts = weaktr_loss(output, train.tags[batch])
+        loss, parts = weaktr_loss(
+            output, train.tags[batch], background_weight=recipe.background_weight
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)

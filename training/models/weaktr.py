@@ -32,6 +32,11 @@ class WeakTrConfig:
     """How a class token becomes its logit: the mean of its channels as published, or a learned
     weighing that starts as the mean. On a thousand images ``mean`` is still undecided when
     ``linear`` is done: the mean of a normed token hardly moves."""
+    coarse_pool: Literal["mean", "attention"] = "mean"
+    """How the coarse maps become logits in training: their mean as published, or their mean where
+    the class token looks, while where it does not look no class may answer. Patch tokens know the
+    whole image, so with ``mean`` and little data any patch may answer for the class; ``attention``
+    pins the answer to the object."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.gate_reduction <= self.vit.depth * self.vit.num_heads:
@@ -48,6 +53,8 @@ class WeakTrOutput:
     class_logits: Float[Tensor, "b c"]
     """From the class tokens: the tags' best estimate."""
     coarse_logits: Float[Tensor, "b c"]
+    background_logits: Float[Tensor, "b c"] | None
+    """The coarse maps' mean where class attention is low; None with ``coarse_pool="mean"``."""
     fine_logits: Float[Tensor, "b c"]
     coarse_maps: Float[Tensor, "b c h w"]
     """Class activation of the patch tokens, at least 0."""
@@ -115,13 +122,21 @@ class WeakTr(nn.Module):
         activation = self.head(features.patch_tokens)
         coarse_maps = activation.detach().relu()
         fine_maps = self._fine_maps(features, coarse_maps)
+        cross_maps = self._class_to_patch(features.attentions, coarse_maps.shape[2])
+        background_logits = None
+        coarse_logits = activation.mean(dim=(2, 3))
+        if self.config.coarse_pool == "attention":
+            layers = attention_layers(self.config.vit.depth)
+            attention = torch.stack([cross_maps[:, layer] for layer in layers]).mean(dim=(0, 2))
+            coarse_logits, background_logits = _pool_by_attention(activation, attention.detach())
         return WeakTrOutput(
             class_logits=self.class_readout(features.class_tokens),
-            coarse_logits=activation.mean(dim=(2, 3)),
+            coarse_logits=coarse_logits,
+            background_logits=background_logits,
             fine_logits=fine_maps.mean(dim=(2, 3)),
             coarse_maps=coarse_maps,
             fine_maps=fine_maps,
-            cross_maps=self._class_to_patch(features.attentions, coarse_maps.shape[2]),
+            cross_maps=cross_maps,
         )
 
     def _fine_maps(
@@ -146,14 +161,31 @@ class WeakTr(nn.Module):
         return attentions[..., :classes, classes:].unflatten(-1, (height, -1))
 
 
+def _pool_by_attention(
+    activation: Float[Tensor, "b c h w"], attention: Float[Tensor, "b c h w"]
+) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b c"]]:
+    """Means of ``activation`` where ``attention`` is high and where it is low."""
+    low, high = attention.amin(dim=(2, 3), keepdim=True), attention.amax(dim=(2, 3), keepdim=True)
+    unattended = 1 - (attention - low) / (high - low + 1e-8)
+    return _weighted_mean(activation, attention), _weighted_mean(activation, unattended.square())
+
+
+def _weighted_mean(
+    values: Float[Tensor, "b c h w"], weights: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b c"]:
+    return (values * weights).sum(dim=(2, 3)) / (weights.sum(dim=(2, 3)) + 1e-8)
+
+
 def weaktr_loss(
-    output: WeakTrOutput, tags: Float[Tensor, "b c"]
+    output: WeakTrOutput, tags: Float[Tensor, "b c"], *, background_weight: float = 0.5
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
-    """Sum of the multilabel losses of the three logits, and each by name.
+    """Sum of the multilabel losses of the logits, and each by name.
 
     Args:
         output: Of the same images.
         tags: 1 where the image has the class, else 0.
+        background_weight: Of the loss that no class answers where none looks; that of the three
+            published losses is 1.
     """
     losses = {
         name: functional.multilabel_soft_margin_loss(logits.float(), tags)
@@ -163,6 +195,10 @@ def weaktr_loss(
             ("fine", output.fine_logits),
         )
     }
+    if output.background_logits is not None:
+        losses["background"] = background_weight * functional.multilabel_soft_margin_loss(
+            output.background_logits.float(), torch.zeros_like(tags)
+        )
     total = torch.stack([*losses.values()]).sum()
     return total, {name: loss.item() for name, loss in losses.items()}
 

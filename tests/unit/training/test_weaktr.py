@@ -6,6 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch.nn import functional
 
 from training.models.vit import (
     ActivationRanges,
@@ -15,7 +16,13 @@ from training.models.vit import (
     load_deit_,
 )
 from training.models.vit_adapter import VitClassifierAdapter, load_classifier, save_classifier
-from training.models.weaktr import WeakTr, WeakTrConfig, attention_layers, weaktr_loss
+from training.models.weaktr import (
+    WeakTr,
+    WeakTrConfig,
+    _pool_by_attention,
+    attention_layers,
+    weaktr_loss,
+)
 from weaksam_rt.contracts import vit_classifier_contract
 from weaksam_rt.errors import ArtifactError
 
@@ -120,6 +127,29 @@ def test_the_learned_readout_starts_as_the_mean():
     torch.testing.assert_close(
         linear(_images()).class_logits, mean(_images()).class_logits, atol=1e-5, rtol=1e-4
     )
+
+
+def test_attention_pooling_asks_where_a_class_token_looks_and_where_it_does_not():
+    activation = torch.tensor([[[[4.0, 0.0, -2.0]]]])
+    attention = torch.tensor([[[[0.6, 0.2, 0.2]]]])
+    attended, unattended = _pool_by_attention(activation, attention)
+    assert attended.item() == pytest.approx(0.6 * 4 - 0.2 * 2)
+    assert unattended.item() == pytest.approx(-1.0)
+
+
+def test_attention_pooling_leaves_the_maps_alone_and_adds_a_loss():
+    mean, attention = (
+        _toy(config=dataclasses.replace(_TOY, coarse_pool=pool)) for pool in ("mean", "attention")
+    )
+    torch.testing.assert_close(mean(_images()).coarse_maps, attention(_images()).coarse_maps)
+    tags = torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+    total, parts = weaktr_loss(attention(_images()), tags, background_weight=2.0)
+    assert "background" not in weaktr_loss(mean(_images()), tags)[1]
+    silent = functional.multilabel_soft_margin_loss(
+        attention(_images()).background_logits, torch.zeros(2, 3)
+    )
+    assert parts["background"] == pytest.approx(2 * silent.item(), rel=1e-5)
+    assert total.item() == pytest.approx(sum(parts.values()), rel=1e-5)
 
 
 def test_a_deit_gives_every_class_its_token_and_position():
