@@ -26,7 +26,12 @@ from training.engine.checkpoint import load_checkpoint, save_checkpoint, save_we
 from training.engine.stage import Stage, open_stage
 from training.evaluate import summary, write_report
 from training.models.squeezenet import SqueezeNetFeatures, load_imagenet_squeezenet
-from training.models.wsod_detector import FrozenFeatures, WsodDetectorConfig, WsodHead, WsodTrunk
+from training.models.wsod_detector import (
+    RoiDescriber,
+    RoiDescriptions,
+    WsodDetectorConfig,
+    WsodHead,
+)
 from training.retrain_detector import rate_factor
 from training.wsod.mil_head import image_loss
 from training.wsod.oicr import OicrConfig, oicr_loss
@@ -47,15 +52,15 @@ class WsodRecipe:
 
     model: WsodDetectorConfig = field(default_factory=WsodDetectorConfig)
     oicr: OicrConfig = field(default_factory=OicrConfig)
-    epochs: int = 8
+    epochs: int = 20
     """Passes over the tagged images."""
     images_per_step: int = 4
     """Images whose gradients are averaged for one step."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """Peak rate of AdamW."""
     weight_decay: float = 5e-4
     """Of all parameters."""
-    warmup_steps: int = 50
+    warmup_steps: int = 100
     """Steps of linear warm-up; then the rate falls to 0 along a cosine."""
     min_side_px: float = 16.0
     """Proposals narrower or lower than this, in pixels of the original image, are not used."""
@@ -98,7 +103,7 @@ class WsodSample:
     boxes: NDArray[np.float32]
     """[n, 4], proposals in pixels of the image."""
     boxes_model_frame: tuple[Float[Tensor, "n 4"], Float[Tensor, "n 4"]]
-    features: tuple[FrozenFeatures, FrozenFeatures]
+    descriptions: tuple[RoiDescriptions, RoiDescriptions]
     tags: Float[Tensor, " c"]
     """1 where the class is in the image, else 0."""
 
@@ -137,12 +142,12 @@ def main(config: TrainWsodConfig) -> None:
 def load_samples(
     folder: CocoFolder, proposals: Path, trunk: SqueezeNetFeatures, recipe: WsodRecipe
 ) -> list[WsodSample]:
-    """All images that have a usable proposal, with their features: about 4 MB each at side 320."""
-    frozen = WsodTrunk(trunk).to(memory_format=torch.channels_last).eval()
+    """All images that have a usable proposal, with their descriptions: about 6 kB a proposal."""
+    describer = RoiDescriber(trunk).to(memory_format=torch.channels_last).eval()
     found = read_proposals(proposals, folder=folder)
     samples = [
-        _sample(record, found[record.image_id], frozen, recipe, len(folder.class_names))
-        for record in track(folder.records, description="features", transient=True)
+        _sample(record, found[record.image_id], describer, recipe, len(folder.class_names))
+        for record in track(folder.records, description="describe proposals", transient=True)
     ]
     usable = [sample for sample in samples if len(sample.boxes)]
     if len(usable) < len(samples):
@@ -196,8 +201,7 @@ def train_step(
     scalars = {"image": 0.0, "refinement": 0.0}
     for sample, mirrored in chosen:
         boxes = sample.boxes_model_frame[mirrored]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = head(sample.features[mirrored], boxes)
+        outputs = head(sample.descriptions[mirrored])
         of_image = image_loss(outputs.mil_scores, sample.tags)
         refinement = oicr_loss(
             outputs.mil_scores, outputs.refinement_logits, boxes, sample.tags, recipe.oicr
@@ -213,12 +217,8 @@ def train_step(
 def detect(head: WsodHead, sample: WsodSample, recipe: WsodRecipe) -> Detections:
     """Detections of one image: scores averaged over both orientations, suppressed by class."""
     with torch.inference_mode():
-        scores = torch.stack(
-            [
-                head(features, boxes).scores()
-                for features, boxes in zip(sample.features, sample.boxes_model_frame, strict=True)
-            ]
-        ).mean(dim=0)
+        both = torch.stack([head(rois).scores() for rois in sample.descriptions])
+    scores = both.mean(dim=0)
     num_classes = scores.shape[1]
     boxes = np.repeat(sample.boxes, num_classes, axis=0)
     labels = np.tile(np.arange(num_classes), len(sample.boxes))
@@ -253,7 +253,7 @@ def _detect(
 def _sample(
     record: ImageRecord,
     proposals: Proposals,
-    trunk: WsodTrunk,
+    describer: RoiDescriber,
     recipe: WsodRecipe,
     num_classes: int,
 ) -> WsodSample:
@@ -262,14 +262,16 @@ def _sample(
     framed = frame_image(record.image(), boxes, labels, frame_side=recipe.model.image_size)
     mirrored = mirror(framed)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        features = [trunk(_pixels(view)) for view in (framed, mirrored)]
+        descriptions = [
+            describer(_pixels(view), torch.from_numpy(view.boxes)) for view in (framed, mirrored)
+        ]
     tags = torch.zeros(num_classes)
     tags[list(record.tags)] = 1.0
     return WsodSample(
         record=record,
         boxes=boxes,
         boxes_model_frame=(torch.from_numpy(framed.boxes), torch.from_numpy(mirrored.boxes)),
-        features=(features[0], features[1]),
+        descriptions=(descriptions[0], descriptions[1]),
         tags=tags,
     )
 

@@ -1,4 +1,8 @@
-"""The detector that learns from tags: frozen trunk, pooled proposals, MIL head, refinements."""
+"""The detector that learns from tags: a frozen trunk describes each proposal by what is inside it
+and what is around it; small heads learn on these descriptions.
+
+The trunk is pretrained and never trained here, so an image's proposals are described once.
+"""
 
 from dataclasses import dataclass
 
@@ -11,41 +15,45 @@ from training.models.roi_pooling import ROI_SIZE, pool_rois
 from training.models.squeezenet import PIXEL_MEAN, PIXEL_STD, SqueezeNetFeatures
 from training.wsod.mil_head import MilHead
 
-ROI_STRIDE = 8
-"""Pixels per cell of the map that RoIs are pooled from."""
+ROI_STRIDE = 16
+"""Pixels per cell of the map that proposals are described from."""
+_FRAME_CELLS = 1
+"""Cells on each side of a pooled, enlarged box that lie around the box itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WsodDetectorConfig:
     """Sizes of the network."""
 
-    image_size: int = 320
+    image_size: int = 416
     """Side of the square input in pixels, a multiple of 16."""
-    roi_channels: int = 128
-    """Channels of the map that RoIs are pooled from."""
     head_width: int = 256
-    """Width of the two fully-connected layers of the RoI head."""
+    """Width of the hidden layer of the refinements."""
     dropout: float = 0.5
     """Share of hidden units dropped while training, in [0, 1)."""
     num_refinements: int = 3
     """OICR branches."""
 
     def __post_init__(self) -> None:
-        if self.image_size % 16:
-            raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}")
+        if self.image_size % ROI_STRIDE:
+            raise ValueError(f"image_size must be a multiple of {ROI_STRIDE}: {self.image_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenFeatures:
-    """What the frozen trunk sees of a batch of images; bfloat16 to keep many in memory."""
+class RoiDescriptions:
+    """What the frozen trunk sees of the proposals of one image; bfloat16, to keep many in
+    memory.
+    """
 
-    stride8: Float[Tensor, "b 512 h8 w8"]
-    stride16: Float[Tensor, "b 512 h16 w16"]
+    mean_inside: Float[Tensor, "n d"]
+    max_inside: Float[Tensor, "n d"]
+    mean_around: Float[Tensor, "n d"]
+    """Over a frame around the box, a fifth of its sides wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WsodOutputs:
-    """Answers for the RoIs of one image."""
+    """Answers for the proposals of one image."""
 
     mil_scores: Float[Tensor, "n c"]
     """In [0, 1]."""
@@ -54,12 +62,12 @@ class WsodOutputs:
 
     def scores(self) -> Float[Tensor, "n c"]:
         """Test-time scores in [0, 1]: the mean of the branches' softmaxes, without background."""
-        softmaxes = [logits.float().softmax(dim=1) for logits in self.refinement_logits]
+        softmaxes = [logits.softmax(dim=1) for logits in self.refinement_logits]
         return torch.stack(softmaxes).mean(dim=0)[:, 1:]
 
 
-class WsodTrunk(nn.Module):
-    """The frozen part: no parameter of it is trained, so its features are computed once."""
+class RoiDescriber(nn.Module):
+    """The frozen part."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -71,48 +79,63 @@ class WsodTrunk(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).reshape(1, 3, 1, 1))
 
     @torch.no_grad()
-    def forward(self, images: Float[Tensor, "b 3 s s"]) -> FrozenFeatures:
-        """Features of RGB in [0, 255]."""
-        pyramid = self.trunk((images - self.pixel_mean) / self.pixel_std)
-        return FrozenFeatures(
-            stride8=pyramid.stride8.bfloat16(), stride16=pyramid.stride16.bfloat16()
+    def forward(
+        self, image: Float[Tensor, "1 3 s s"], boxes: Float[Tensor, "n 4"]
+    ) -> RoiDescriptions:
+        """Describe boxes (XYXY, model frame) of one image (RGB in [0, 255])."""
+        features = self.trunk((image - self.pixel_mean) / self.pixel_std).stride16.float()
+        pooled = pool_rois(features, enlarge(boxes)[None], stride=ROI_STRIDE)[0]  # [n, 7, 7, d]
+        inner = slice(_FRAME_CELLS, ROI_SIZE - _FRAME_CELLS)
+        inside = pooled[:, inner, inner].flatten(1, 2)  # [n, 25, d]
+        num_around = ROI_SIZE**2 - inside.shape[1]
+        around = (pooled.sum(dim=(1, 2)) - inside.sum(dim=1)) / num_around
+        return RoiDescriptions(
+            mean_inside=inside.mean(dim=1).bfloat16(),
+            max_inside=inside.amax(dim=1).bfloat16(),
+            mean_around=around.bfloat16(),
         )
 
 
 class WsodHead(nn.Module):
-    """The trained part: a map from both strides, RoI features, MIL head and refinements."""
+    """The trained part: MIL scores and refinements.
+
+    The MIL head prefers boxes with the object inside and not around them: its detection stream is
+    the difference of the two, which works against boxes on parts of objects.
+
+    Source:
+        OICR (arXiv:1704.00138); the difference is the contrastive model of ContextLocNet
+        (arXiv:1609.04331).
+    """
 
     def __init__(self, config: WsodDetectorConfig, num_classes: int) -> None:
         super().__init__()
-        self.config = config
-        _, channels8, channels16 = SqueezeNetFeatures.out_channels
-        self.lateral8 = nn.Conv2d(channels8, config.roi_channels, 1)
-        self.lateral16 = nn.Conv2d(channels16, config.roi_channels, 1)
-        self.norm = nn.GroupNorm(1, config.roi_channels)
-        width = config.head_width
+        num_features = SqueezeNetFeatures.out_channels[2]
+        self.mil = MilHead(num_features, num_classes)
         self.hidden = nn.Sequential(
-            nn.Linear(config.roi_channels * ROI_SIZE**2, width),
-            nn.ReLU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(width, width),
+            nn.Linear(3 * num_features, config.head_width),
             nn.ReLU(),
             nn.Dropout(config.dropout),
         )
-        self.mil = MilHead(width, num_classes)
         self.refinements = nn.ModuleList(
-            nn.Linear(width, num_classes + 1) for _ in range(config.num_refinements)
+            nn.Linear(config.head_width, num_classes + 1) for _ in range(config.num_refinements)
         )
 
-    def forward(self, features: FrozenFeatures, boxes: Float[Tensor, "n 4"]) -> WsodOutputs:
-        """Answers for the boxes (XYXY, model frame, at least one) of one image (batch axis 1)."""
-        coarse = self.lateral16(features.stride16.float())
-        fine = self.lateral8(features.stride8.float())
-        roi_map = functional.relu(
-            self.norm(fine + functional.interpolate(coarse, scale_factor=2.0))
+    def forward(self, rois: RoiDescriptions) -> WsodOutputs:
+        """Answers for the proposals of one image, at least one."""
+        inside, most, around = (
+            functional.layer_norm(part.float(), part.shape[-1:])
+            for part in (rois.mean_inside, rois.max_inside, rois.mean_around)
         )
-        pooled = pool_rois(roi_map, boxes[None], stride=ROI_STRIDE)[0]
-        hidden = self.hidden(pooled.flatten(1))
+        hidden = self.hidden(torch.cat([inside, most, around], dim=1))
         return WsodOutputs(
-            mil_scores=self.mil(hidden),
-            refinement_logits=[branch(hidden).float() for branch in self.refinements],
+            mil_scores=self.mil(inside, around),
+            refinement_logits=[branch(hidden) for branch in self.refinements],
         )
+
+
+def enlarge(boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
+    """Boxes with a frame around them, such that the inner cells of the pooled grid are the box."""
+    scale = ROI_SIZE / (ROI_SIZE - 2 * _FRAME_CELLS)
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = (boxes[:, 2:] - boxes[:, :2]) * (scale / 2)
+    return torch.cat([centres - half, centres + half], dim=1)

@@ -21,11 +21,21 @@ class MilHead(nn.Module):
         self.classification = nn.Linear(in_features, num_classes)
         self.detection = nn.Linear(in_features, num_classes)
 
-    def forward(self, rois: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
-        """Scores of the RoIs of one image, in [0, 1]; they sum to at most 1 over the RoIs."""
-        by_class = self.classification(rois).float().softmax(dim=1)
-        by_roi = self.detection(rois).float().softmax(dim=0)
-        return by_class * by_roi
+    def forward(
+        self, inside: Float[Tensor, "n d"], around: Float[Tensor, "n d"] | None = None
+    ) -> Float[Tensor, "n c"]:
+        """Scores of the RoIs of one image, in [0, 1]; they sum to at most 1 over the RoIs.
+
+        Args:
+            inside: Features of the RoIs.
+            around: Features of their surroundings: the detection stream then asks how much more
+                of the class is inside than around. None: it asks for the inside alone.
+        """
+        by_class = self.classification(inside).softmax(dim=1)
+        evidence = self.detection(inside)
+        if around is not None:
+            evidence = evidence - self.detection(around)
+        return by_class * evidence.softmax(dim=0)
 
 
 def image_loss(scores: Float[Tensor, "n c"], tags: Float[Tensor, " c"]) -> Float[Tensor, ""]:

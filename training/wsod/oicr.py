@@ -118,7 +118,7 @@ def refinement_losses(logits: Float[Tensor, "n k"], targets: RoiTargets) -> Floa
         logits: Background first.
         targets: Of ``assign_rois``.
     """
-    probability = logits.float().softmax(dim=1)
+    probability = logits.softmax(dim=1)
     own = probability.gather(1, targets.labels[:, None])[:, 0]
     return -targets.weights * (own + _MARGIN).log()
 
@@ -139,5 +139,5 @@ def oicr_loss(
         seeds = select_seeds(source, boxes, tags, config)
         targets = assign_rois(boxes, seeds, foreground_thresh=config.foreground_thresh)
         total = total + refinement_losses(logits, targets).mean()
-        source = logits.detach().float().softmax(dim=1)[:, 1:]
+        source = logits.detach().softmax(dim=1)[:, 1:]
     return total
