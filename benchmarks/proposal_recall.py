@@ -57,14 +57,13 @@ def main(data: Path, proposals: Path, name: str, min_side_px: float = 20.0) -> N
 
 def selective_search(record: ImageRecord, min_side_px: float) -> Proposals:
     """Selective Search's boxes in its own order, large enough, in pixels of the image."""
-    height, width = record.image_size
-    scale = min(1.0, _MAX_WIDTH / width)
+    scale = min(1.0, _MAX_WIDTH / record.image_size[1])
     image = cv2.cvtColor(record.image(), cv2.COLOR_RGB2BGR)
     small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(small)
     search.switchToSelectiveSearchFast()
-    boxes_xywh = search.process().astype(np.float32) / scale
+    boxes_xywh = np.asarray(search.process(), dtype=np.float32) / scale
     corners = boxes_xywh[:, :2] + boxes_xywh[:, 2:]
     boxes = np.concatenate([boxes_xywh[:, :2], corners], axis=1)
     return _proposals(boxes[(boxes_xywh[:, 2:] >= min_side_px).all(axis=1)], record)
