@@ -16,6 +16,7 @@ from export.exportable import (
     example_tensors,
     sam_exportables,
 )
+from export.half_weights import round_weights_, store_weights_as_half
 from export.onnx_from_module import OPSET, onnx_from_module
 from export.verify import parity
 from training.engine.stage import git_commit, package_versions
@@ -27,8 +28,15 @@ from weaksam_rt.model_repository import build_model_repository
 _LOGGER = logging.getLogger(__name__)
 
 
-def export_model(exportable: Exportable, directory: Path) -> ModelArtifact:
+def export_model(
+    exportable: Exportable, directory: Path, *, half_weights: bool = False
+) -> ModelArtifact:
     """Export one model to ``directory`` and accept it only if it agrees with PyTorch.
+
+    Args:
+        exportable: The model and the inputs to compare it on.
+        directory: Gets ``model.onnx`` and ``manifest.json``.
+        half_weights: Round the weights to float16 and store them so; arithmetic stays float32.
 
     Returns:
         The artifact: ``model.onnx`` and ``manifest.json`` with the parity figures.
@@ -38,10 +46,14 @@ def export_model(exportable: Exportable, directory: Path) -> ModelArtifact:
     """
     path = directory / "model.onnx"
     contract = exportable.contract
+    if half_weights:
+        round_weights_(exportable.module)
     onnx_from_module(exportable.module, contract, example_tensors(exportable.inputs[0]), path)
+    if half_weights:
+        store_weights_as_half(path)
     provenance: dict[str, Any] = {
         "source": exportable.source,
-        "exporter": {"name": "torch.onnx dynamo", "opset": OPSET},
+        "exporter": {"name": "torch.onnx dynamo", "opset": OPSET, "half_weights": half_weights},
         "tolerance": dataclasses.asdict(exportable.tolerance),
         "commit": git_commit(),
         "versions": package_versions(),
@@ -79,6 +91,7 @@ def models(
     detector: Path | None = None,
     classifier: Path | None = None,
     sam: Path | None = None,
+    half_weights: bool = False,
 ) -> None:
     """Export trained models to ONNX, each verified against PyTorch.
 
@@ -87,6 +100,7 @@ def models(
         detector: Weights of training.retrain_detector.
         classifier: Weights of training.train_classifier.
         sam: Weights of training.train_sam, or an official SAM checkpoint.
+        half_weights: Round the weights to float16: half the file size, float32 arithmetic.
     """
     chosen: list[Exportable] = []
     if detector is not None:
@@ -98,7 +112,7 @@ def models(
     if not chosen:
         raise ValueError("nothing to export: give --detector, --classifier or --sam")
     for exportable in chosen:
-        export_model(exportable, output / exportable.model)
+        export_model(exportable, output / exportable.model, half_weights=half_weights)
 
 
 def repository(

@@ -5,7 +5,9 @@ contract.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -50,9 +52,22 @@ def onnx_from_module(
         )
     if program is None:
         raise RuntimeError("torch.onnx.export gave no program")
+    model = program.model_proto
+    _forget_origin(model)
     with atomic_path(path) as temporary:
-        program.save(temporary, external_data=False)
+        onnx.save(model, temporary)
     _LOGGER.info("exported %s to %s, %.1f MB", contract.name, path, path.stat().st_size / 1e6)
+
+
+def _forget_origin(model: onnx.ModelProto) -> None:
+    """Drop the exporter's notes on every node: source lines and folders of this machine."""
+    functions = [node for function in model.functions for node in function.node]
+    parts: list[Any] = [model, model.graph, *model.graph.node, *model.graph.initializer]
+    for part in parts + functions:
+        del part.metadata_props[:]
+        part.doc_string = ""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        del value.metadata_props[:]
 
 
 def _dynamic_axes(contract: ModelContract, index: int) -> dict[int, object]:

@@ -61,13 +61,16 @@ class RunConfig:
     """CPU threads of torch."""
 
 
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
     """Run all stages and write ``summary.json``.
+
+    Args:
+        config: Data, weights and folders.
+        recipe: Settings of all stages.
 
     Returns:
         The summary: the metrics of each stage.
     """
-    recipe = RECIPES[config.recipe]().with_seed(config.seed)
     train_proposals, val_proposals = _proposals(config, recipe)
     wsod = config.output / "wsod"
     train_wsod.main(
@@ -172,7 +175,8 @@ def _score(data: Path, detections: Path) -> dict[str, float | None]:
 def main(config: tyro.conf.OmitArgPrefixes[RunConfig]) -> None:
     """Run the chain and print the summary."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler()])
-    Console().print_json(json.dumps(run(config)))
+    recipe = RECIPES[config.recipe]().with_seed(config.seed)
+    Console().print_json(json.dumps(run(config, recipe)))
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,12 @@ def test_an_export_agrees_with_pytorch_at_every_batch_size(exported):
     assert set(report) == {"boxes", "scores", "labels"}
     assert report["boxes"]["num_elements"] == 16 * 4 * 4
     assert report["boxes"]["max_abs_error"] < 1e-5
+
+
+def test_the_file_says_nothing_about_the_machine_that_made_it(exported):
+    content = exported[2].path.read_bytes()
+    assert str(Path(__file__).resolve().parent).encode() not in content
+    assert str(Path(torch.__file__).parent).encode() not in content
 
 
 def test_an_export_of_other_weights_is_refused(exported):
@@ -135,3 +143,31 @@ def test_an_export_that_disagrees_leaves_nothing_that_could_be_served(tmp_path):
     assert _DriftingDetector.num_calls > 0
     with pytest.raises(ArtifactError):
         load_artifact(tmp_path)
+
+
+class _WideDetector(_ToyDetector):
+    """Enough weights for float16 storage to matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Sequential(nn.Linear(3, 8000), nn.ReLU(), nn.Linear(8000, 3))
+
+    def forward(self, image):
+        mean = image.float().mean(dim=(1, 2), keepdim=True) / 255
+        return super().forward((self.wide(mean) * 255).expand_as(image))
+
+
+def test_half_weights_halve_the_file_and_still_agree(tmp_path):
+    full = export_model(_exportable(_WideDetector()), tmp_path / "full")
+    half = export_model(_exportable(_WideDetector()), tmp_path / "half", half_weights=True)
+    assert half.path.stat().st_size < 0.7 * full.path.stat().st_size
+    assert half.provenance["parity"]["boxes"]["max_abs_error"] < 1e-5
+    assert half.provenance["exporter"]["half_weights"]
+
+
+def test_weights_beyond_float16_are_refused_by_name(tmp_path):
+    module = _WideDetector()
+    with torch.no_grad():
+        module.linear.bias[0] = 1e6
+    with pytest.raises(ValueError, match=r"linear\.bias"):
+        export_model(_exportable(module), tmp_path, half_weights=True)
