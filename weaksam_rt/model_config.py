@@ -29,19 +29,23 @@ class ServingOptions:
     """How the served models queue and run; nothing here changes a result."""
 
     max_queue_size: int = 64
-    """Requests that may wait for one model, at least 1; one more is refused at once, so that an
-    overload is an answer and not a delay.
+    """Requests that may wait for one pipeline, at least 1; one more is refused at once, so that an
+    overload is an answer and not a delay. The engines' queues are bounded by the pipelines'.
     """
     queue_timeout_ms: int = 30_000
-    """Longest wait in a queue, at least 1; a request may ask for less."""
+    """Longest wait in a pipeline's queue, at least 1; a request may ask for less."""
     max_queue_delay_us: int = 0
     """How long an engine waits for more requests to batch, at least 0. 0: batches form only while
     the engine is busy, which costs a lone client nothing.
     """
     engine_threads: int = 0
     """Threads of one operator in an engine, at least 0; 0 takes all cores."""
-    pipeline_instances: int = 1
-    """Processes of each pipeline model, at least 1. Each decodes images on its own core."""
+    pipeline_instances: int = 2
+    """Processes of each pipeline model, at least 2. Each decodes images on its own core. With a
+    single one, Triton 2.51 lets a request of a lone client wait for half a second now and then: a
+    request that arrives while the process is about to be free does not wake the batcher of a
+    queue that has a bound.
+    """
 
     def __post_init__(self) -> None:
         lowest = {
@@ -49,7 +53,7 @@ class ServingOptions:
             "queue_timeout_ms": 1,
             "max_queue_delay_us": 0,
             "engine_threads": 0,
-            "pipeline_instances": 1,
+            "pipeline_instances": 2,
         }
         for name, low in lowest.items():
             if getattr(self, name) < low:
@@ -67,6 +71,10 @@ class ModelSettings:
     batches_requests: bool
     """Let the server form batches; needs a contract with a batch axis."""
     max_queue_delay_us: int = 0
+    queue_is_bounded: bool = False
+    """Refuse requests that find a full queue or wait too long in it; see
+    ``ServingOptions.pipeline_instances`` for what this asks of ``instances``.
+    """
     instances: int = 1
     instance_kind: str = "KIND_CPU"
     label_outputs: tuple[str, ...] = ()
@@ -139,14 +147,17 @@ def _instance_group(settings: ModelSettings) -> str:
 
 
 def _dynamic_batching(settings: ModelSettings, options: ServingOptions) -> str:
-    return f"""dynamic_batching {{
-  max_queue_delay_microseconds: {settings.max_queue_delay_us}
+    policy = f"""
   default_queue_policy {{
     timeout_action: REJECT
     default_timeout_microseconds: {1000 * options.queue_timeout_ms}
     allow_timeout_override: true
     max_queue_size: {options.max_queue_size}
-  }}
+  }}"""
+    return f"""dynamic_batching {{
+  max_queue_delay_microseconds: {settings.max_queue_delay_us}{
+        policy if settings.queue_is_bounded else ""
+    }
 }}"""
 
 

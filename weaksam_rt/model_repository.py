@@ -287,7 +287,10 @@ def _pipeline_texts(
     # is warmed before its members are there would count as broken. The model warms its own parts
     # when it is loaded, and its members have warm-ups of theirs.
     settings = ModelSettings(
-        backend="python", batches_requests=True, instances=options.pipeline_instances
+        backend="python",
+        batches_requests=True,
+        queue_is_bounded=True,
+        instances=options.pipeline_instances,
     )
     return {
         f"{pipeline}/{CONFIG_NAME}": config_text(PIPELINE_CONTRACTS[pipeline], settings, options),

@@ -31,6 +31,8 @@ class OnnxRuntimeModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
+        # Idle threads that spin take the cores from the other models of a server.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(
                 str(artifact.path), options, providers=["CPUExecutionProvider"]

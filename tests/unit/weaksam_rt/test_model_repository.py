@@ -98,18 +98,35 @@ def test_the_container_profile_leaves_engines_to_the_server(artifacts, tmp_path)
     assert not (tmp_path / "r/detector/1/model.py").exists()
 
 
-def test_queues_are_bounded_and_reject_instead_of_delaying(artifacts, tmp_path):
-    options = ServingOptions(max_queue_size=7, queue_timeout_ms=1500, max_queue_delay_us=200)
+def test_the_queues_of_pipelines_are_bounded_and_reject_instead_of_delaying(artifacts, tmp_path):
+    options = ServingOptions(max_queue_size=7, queue_timeout_ms=1500)
     build(artifacts, tmp_path / "r", options=options)
-    for name in ("detector", "weaksam_detect"):
-        batching = read_model_config(tmp_path / "r" / name / "config.pbtxt").dynamic_batching
-        policy = batching.default_queue_policy
+    for name in ("weaksam_detect", "weaksam_propose", "weaksam_segment"):
+        config = read_model_config(tmp_path / "r" / name / "config.pbtxt")
+        policy = config.dynamic_batching.default_queue_policy
         assert policy.max_queue_size == 7
         assert policy.default_timeout_microseconds == 1_500_000
         assert policy.timeout_action == policy.REJECT
         assert policy.allow_timeout_override
+
+
+@pytest.mark.parametrize("profile", ["embedded", "container"])
+def test_a_bounded_queue_never_has_a_single_instance(artifacts, tmp_path, profile):
+    """Or a lone client waits for half a second now and then: see ``pipeline_instances``."""
+    build(artifacts, tmp_path / "r", profile)
+    for path in (tmp_path / "r").rglob("config.pbtxt"):
+        config = read_model_config(path)
+        if config.dynamic_batching.HasField("default_queue_policy"):
+            assert config.instance_group[0].count >= 2
+    with pytest.raises(ValueError, match="pipeline_instances is 1, expected at least 2"):
+        ServingOptions(pipeline_instances=1)
+
+
+def test_engines_form_batches_and_may_wait_for_them(artifacts, tmp_path):
+    build(artifacts, tmp_path / "r", options=ServingOptions(max_queue_delay_us=200))
     detector = read_model_config(tmp_path / "r/detector/config.pbtxt")
     assert detector.dynamic_batching.max_queue_delay_microseconds == 200
+    assert not detector.dynamic_batching.HasField("default_queue_policy")
 
 
 def test_models_without_a_batch_axis_are_not_batched_by_the_server(artifacts, tmp_path):
