@@ -1,0 +1,93 @@
+"""The whole chain on a few tiny scenes: every stage runs, hands over, and is skipped when done."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.generate_scenes import GenerateScenesConfig, generate_scenes
+from training.models.sam import build_sam, compact, save_sam
+from training.models.vit import VitConfig
+from training.models.weaktr import WeakTrConfig
+from training.recipes import RECIPES, scenes
+from training.run import RunConfig, run
+
+_DATA = Path(os.environ.get("WEAKSAM_DATA", "../shared/data"))
+_TRUNK = _DATA / "weights" / "squeezenet1_0_imagenet.pt"
+
+
+def _tiny_recipe():
+    recipe = scenes()
+    vit = VitConfig(image_size=64, patch_size=16, dim=24, depth=2, num_heads=3)
+    model = WeakTrConfig(vit=vit, gate_reduction=2)
+    pipeline = recipe.proposals.pipeline
+    few = dataclasses.replace(pipeline.proposals, points_per_side=4, min_side_px=4.0)
+    return dataclasses.replace(
+        recipe,
+        classifier=dataclasses.replace(recipe.classifier, model=model, epochs=1, batch_size=4),
+        proposals=dataclasses.replace(
+            recipe.proposals, pipeline=dataclasses.replace(pipeline, proposals=few)
+        ),
+        wsod=dataclasses.replace(
+            recipe.wsod,
+            epochs=1,
+            min_side_px=4.0,
+            model=dataclasses.replace(recipe.wsod.model, image_size=96),
+        ),
+        detector=dataclasses.replace(
+            recipe.detector,
+            epochs=1,
+            model=dataclasses.replace(recipe.detector.model, image_size=96),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    if not _TRUNK.is_file():
+        pytest.skip(f"{_TRUNK} is not here; set WEAKSAM_DATA to the data sets")
+    root = tmp_path_factory.mktemp("chain")
+    generate_scenes(root / "data", GenerateScenesConfig(num_train=8, num_val=3, seed=3))
+    torch.manual_seed(0)
+    sizes = dataclasses.replace(compact(), image_size=64)
+    save_sam(root / "sam.safetensors", build_sam(sizes), sizes)
+    config = RunConfig(
+        recipe="scenes",
+        data=root / "data" / "train",
+        val=root / "data" / "val",
+        output=root / "run",
+        sam=root / "sam.safetensors",
+        trunk_weights=_TRUNK,
+        supervised=True,
+    )
+    return config, run(config, _tiny_recipe())
+
+
+def test_every_stage_reports_its_figures(finished):
+    config, report = finished
+    for key in ("wsod_val", "detector", "supervised"):
+        assert 0 <= report[key]["voc_ap50"] <= 1
+    assert report["ap50_of_supervised"] >= 0
+    assert (config.output / "summary.json").is_file()
+    assert (config.output / "detector" / "detector.safetensors").is_file()
+
+
+def test_finished_stages_are_skipped(finished):
+    config, report = finished
+    before = {path: path.stat().st_mtime_ns for path in config.output.rglob("*.safetensors")}
+    assert run(config, _tiny_recipe()) == report
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_folder_of_another_seed_is_not_overwritten(finished):
+    config, _ = finished
+    with pytest.raises(ValueError, match=r"config\.seed: 0 there, 1 now"):
+        run(config, _tiny_recipe().with_seed(1))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid_and_take_a_seed(name):
+    recipe = RECIPES[name]().with_seed(7)
+    assert recipe.classifier.seed == recipe.wsod.seed == recipe.detector.seed == 7
