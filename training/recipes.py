@@ -44,19 +44,28 @@ def _proposals(points_per_side: int, min_side_px: float) -> ProposalRecipe:
 
 def scenes() -> ChainRecipe:
     """Generated scenes of ``training.generate_scenes`` (600 training and 200 validation images)."""
-    return ChainRecipe(proposals=_proposals(12, 12.0))
+    return ChainRecipe(
+        classifier=ClassifierRecipe(epochs=8),
+        proposals=_proposals(12, 12.0),
+        detector=DetectorRecipe(epochs=8),
+    )
 
 
 def animals7() -> ChainRecipe:
     """Photographs with one large animal class each (698 training and 210 validation images)."""
-    return ChainRecipe(proposals=_proposals(12, 20.0))
+    return ChainRecipe(proposals=_proposals(12, 20.0), detector=DetectorRecipe(epochs=6))
+
+
+def demo() -> ChainRecipe:
+    """The committed demo models: animals, people, cats and dogs on 991 photographs."""
+    return replace(animals7(), classifier=ClassifierRecipe(epochs=4))
 
 
 def folder() -> ChainRecipe:
-    """A folder of your own images with tags, as a COCO-format folder."""
-    return animals7()
+    """Your own images with tags; made for some hundred to some thousand photographs."""
+    return ChainRecipe(proposals=_proposals(16, 20.0))
 
 
 RECIPES: Mapping[str, Callable[[], ChainRecipe]] = {
-    recipe.__name__: recipe for recipe in (scenes, animals7, folder)
+    recipe.__name__: recipe for recipe in (scenes, animals7, demo, folder)
 }

@@ -34,7 +34,7 @@ from weaksam_rt.files import write_json
 class RunConfig:
     """Train the whole chain on tagged images."""
 
-    recipe: Literal["scenes", "animals7", "folder"]
+    recipe: Literal["scenes", "animals7", "demo", "folder"]
     """Settings of all stages; see ``training.recipes``."""
     data: Path
     """Training images: a folder with ``images/`` and ``instances.json``."""
