@@ -31,6 +31,13 @@ requirements:  ## Pin the requirement files anew from pyproject.toml
 	$(DEV)/bin/uv pip compile -q --universal --python-version 3.11 --no-emit-index-url --no-header \
 		pyproject.toml --extra client --extra server --group dev -o requirements/dev.txt
 
+snapshot: $(DEV)/.ready  ## Write triton_models/ anew from the models in assets/
+	$(DEV)/bin/python -m export snapshot
+
+bench: $(DEV)/.ready  ## Measure the demo detector through the server, and peaks and clustering
+	$(DEV)/bin/python -m benchmarks.detect_latency assets/demo_models
+	$(DEV)/bin/python -m benchmarks.peaks
+
 clean:  ## Remove environments and outputs
 	rm -rf $(DEMO) $(DEV) out
 

@@ -1,11 +1,11 @@
-"""``python -m export models|repository``: checkpoints to verified engines, engines to a
+"""``python -m export models|repository|snapshot``: checkpoints to verified engines, engines to a
 repository.
 """
 
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
@@ -20,10 +20,15 @@ from export.half_weights import round_weights_, store_weights_as_half
 from export.onnx_from_module import OPSET, onnx_from_module
 from export.verify import parity
 from training.engine.stage import git_commit, package_versions
-from weaksam_rt.artifacts import ModelArtifact, load_artifact, write_manifest
+from weaksam_rt.artifacts import ModelArtifact, write_manifest
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
-from weaksam_rt.config import PipelineConfig, load_toml
-from weaksam_rt.model_repository import build_model_repository
+from weaksam_rt.model_repository import (
+    PROFILES,
+    Profile,
+    build_model_repository,
+    load_exported_models,
+    write_repository_snapshot,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -119,7 +124,7 @@ def repository(
     models: Path,
     output: Path,
     *,
-    profile: Literal["embedded", "container"] = "embedded",
+    profile: Profile = "embedded",
     config: Path | None = None,
 ) -> None:
     """Build a Triton model repository from exported models.
@@ -130,11 +135,29 @@ def repository(
         profile: Which server will read it.
         config: TOML file with pipeline settings.
     """
-    artifacts = [load_artifact(p.parent) for p in sorted(models.glob("*/manifest.json"))]
-    settings = PipelineConfig() if config is None else load_toml(config)
-    build_model_repository(artifacts, output, profile=profile, config=settings)
+    exported = load_exported_models(models, config)
+    build_model_repository(exported.artifacts, output, profile=profile, config=exported.config)
+
+
+def snapshot(
+    models: Path = Path("assets/demo_models"), output: Path = Path("triton_models")
+) -> None:
+    """Write the repositories of both profiles without engines, as they are kept under version
+    control.
+
+    Args:
+        models: Folder with one subfolder for each exported model.
+        output: Gets ``embedded`` and ``container``.
+    """
+    exported = load_exported_models(models)
+    for profile in PROFILES:
+        write_repository_snapshot(
+            exported.artifacts, output / profile, profile=profile, config=exported.config
+        )
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    tyro.extras.subcommand_cli_from_dict({"models": models, "repository": repository})
+    tyro.extras.subcommand_cli_from_dict(
+        {"models": models, "repository": repository, "snapshot": snapshot}
+    )

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from weaksam_rt.artifacts import MANIFEST_NAME, ModelArtifact
-from weaksam_rt.config import PipelineConfig
+from weaksam_rt.artifacts import MANIFEST_NAME, ModelArtifact, load_artifact
+from weaksam_rt.config import PipelineConfig, load_toml
 from weaksam_rt.contracts import (
     DETECTOR,
     MEMBERS_OF_PIPELINE,
@@ -44,11 +44,13 @@ from weaksam_rt.model_config import (
 from weaksam_rt.pipeline import PipelineModels
 
 Profile = Literal["embedded", "container"]
+PROFILES: tuple[Profile, ...] = ("embedded", "container")
 _P = TypeVar("_P", DetectorParameters, VitClassifierParameters, SamParameters)
 
 CONFIG_NAME = "config.pbtxt"
 PIPELINE_NAME = "pipeline.json"
 LABELS_NAME = "labels.txt"
+SETTINGS_NAME = "pipeline.toml"
 
 _LABEL_OUTPUTS = {DETECTOR: ("labels",), VIT_CLASSIFIER: ("logits",)}
 _PIPELINE_CLASSES = {
@@ -120,8 +122,8 @@ def plan_model_repository(
     version: int = 1,
 ) -> RepositoryPlan:
     """Decide every file of a repository; see ``build_model_repository``."""
-    if profile not in ("embedded", "container"):
-        raise ValueError(f"profile {profile!r}, expected 'embedded' or 'container'")
+    if profile not in PROFILES:
+        raise ValueError(f"profile {profile!r}, expected one of {PROFILES}")
     if version < 1:
         raise ValueError(f"version is {version}, expected at least 1")
     options = options or ServingOptions()
@@ -331,6 +333,42 @@ def read_pipeline_file(path: Path) -> tuple[PipelineModels, PipelineConfig]:
         raise ArtifactError(
             f"{path} does not describe a pipeline ({error}); build the model repository again"
         ) from error
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading exported models
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportedModels:
+    """What a folder of exported models holds."""
+
+    artifacts: tuple[ModelArtifact, ...]
+    config: PipelineConfig
+
+
+def load_exported_models(folder: Path, config: Path | None = None) -> ExportedModels:
+    """Every artifact under ``folder``, verified, and the settings to serve them with.
+
+    Args:
+        folder: One subfolder for each exported model.
+        config: TOML file of the pipeline; None takes ``pipeline.toml`` in ``folder``, or the
+            defaults.
+
+    Raises:
+        ArtifactError: There is no artifact, or one is damaged.
+        ValueError: The settings are not valid.
+    """
+    folders = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}"))
+    if not folders:
+        raise ArtifactError(f"{folder} holds no exported models (*/{MANIFEST_NAME})")
+    beside = folder / SETTINGS_NAME
+    chosen = config if config is not None else beside if beside.is_file() else None
+    return ExportedModels(
+        artifacts=tuple(map(load_artifact, folders)),
+        config=PipelineConfig() if chosen is None else load_toml(chosen),
+    )
 
 
 # ---------------------------------------------------------------------------------------------

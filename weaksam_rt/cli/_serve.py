@@ -11,10 +11,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from weaksam_rt.artifacts import MANIFEST_NAME, load_artifact
-from weaksam_rt.config import PipelineConfig, load_toml
+from weaksam_rt.artifacts import MANIFEST_NAME
 from weaksam_rt.errors import ArtifactError
-from weaksam_rt.model_repository import CONFIG_NAME, build_model_repository
+from weaksam_rt.model_repository import CONFIG_NAME, build_model_repository, load_exported_models
 from weaksam_rt.server import EmbeddedServer, ServerOptions, ServerTls
 
 
@@ -36,19 +35,17 @@ def repository_of(models: Path, config: Path | None = None) -> Iterator[Path]:
             raise ValueError(f"{models} is a finished repository with its own pipeline settings")
         yield models
         return
-    folders = sorted(path.parent for path in models.glob(f"*/{MANIFEST_NAME}"))
-    if not folders:
+    if not any(models.glob(f"*/{MANIFEST_NAME}")):
         raise ArtifactError(
             f"{models} holds neither a model repository (*/{CONFIG_NAME}) nor exported models "
             f"(*/{MANIFEST_NAME})"
         )
-    artifacts = [load_artifact(folder) for folder in folders]
-    beside = models / "pipeline.toml"
-    chosen = config if config is not None else beside if beside.is_file() else None
-    settings = PipelineConfig() if chosen is None else load_toml(chosen)
+    exported = load_exported_models(models, config)
     with tempfile.TemporaryDirectory(prefix="weaksam-repository-") as scratch:
         repository = Path(scratch) / "models"
-        build_model_repository(artifacts, repository, profile="embedded", config=settings)
+        build_model_repository(
+            exported.artifacts, repository, profile="embedded", config=exported.config
+        )
         yield repository
 
 

@@ -1,6 +1,11 @@
 """Artifacts whose engines no server will open, and repositories built from them."""
 
-from weaksam_rt.artifacts import ModelArtifact, write_manifest
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from weaksam_rt.artifacts import ModelArtifact, load_artifact, write_manifest
 from weaksam_rt.config import DetectionConfig, PipelineConfig
 from weaksam_rt.contracts import (
     DETECTOR,
@@ -40,8 +45,18 @@ def artifact(folder, model, parameters=None) -> ModelArtifact:
     )
 
 
+@cache
+def _originals() -> tempfile.TemporaryDirectory:
+    """Written once: a manifest is flushed to the disk, which takes time."""
+    folder = tempfile.TemporaryDirectory(prefix="weaksam-artifacts-")
+    for model in PARAMETERS:
+        artifact(Path(folder.name), model)
+    return folder
+
+
 def write_artifacts(folder) -> dict[str, ModelArtifact]:
-    return {model: artifact(folder, model) for model in PARAMETERS}
+    shutil.copytree(_originals().name, folder)
+    return {model: load_artifact(folder / model) for model in PARAMETERS}
 
 
 def build(artifacts, output, profile="embedded", **options):

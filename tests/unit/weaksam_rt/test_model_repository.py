@@ -17,6 +17,7 @@ from weaksam_rt.contracts import (
 from weaksam_rt.errors import ArtifactError
 from weaksam_rt.model_config import ServingOptions
 from weaksam_rt.model_repository import (
+    load_exported_models,
     plan_model_repository,
     read_pipeline_file,
     write_repository_snapshot,
@@ -210,3 +211,18 @@ def test_a_damaged_pipeline_file_is_named(tmp_path):
     path.write_text('{"models": {"tail": {}}}')
     with pytest.raises(ArtifactError, match=r"pipeline\.json.*build the model repository again"):
         read_pipeline_file(path)
+
+
+def test_exported_models_are_read_with_the_settings_beside_them(artifacts, tmp_path):
+    (tmp_path / "artifacts/pipeline.toml").write_text("[detection]\nscore_thresh = 0.125\n")
+    exported = load_exported_models(tmp_path / "artifacts")
+    assert {a.model for a in exported.artifacts} == set(artifacts)
+    assert exported.config.detection.score_thresh == 0.125
+    (tmp_path / "other.toml").write_text("[detection]\nscore_thresh = 0.5\n")
+    other = load_exported_models(tmp_path / "artifacts", tmp_path / "other.toml")
+    assert other.config.detection.score_thresh == 0.5
+
+
+def test_a_folder_without_exported_models_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="holds no exported models"):
+        load_exported_models(tmp_path)
