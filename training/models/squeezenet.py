@@ -85,6 +85,12 @@ class SqueezeNetFeatures(nn.Module):
         self.conv1 = nn.Conv2d(3, 96, 7, stride=2, padding=3)
         for name, channels in _FIRES.items():
             self.add_module(name, Fire(*channels))
+        # Without pretrained weights: the variance must survive 17 layers without normalisation.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> PyramidFeatures:
         """Features at strides 4, 8 and 16.
