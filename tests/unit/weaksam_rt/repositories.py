@@ -1,5 +1,6 @@
 """Artifacts whose engines no server will open, and repositories built from them."""
 
+import atexit
 import shutil
 import tempfile
 from functools import cache
@@ -49,6 +50,7 @@ def artifact(folder, model, parameters=None) -> ModelArtifact:
 def _originals() -> tempfile.TemporaryDirectory:
     """Written once: a manifest is flushed to the disk, which takes time."""
     folder = tempfile.TemporaryDirectory(prefix="weaksam-artifacts-")
+    atexit.register(folder.cleanup)
     for model in PARAMETERS:
         artifact(Path(folder.name), model)
     return folder
