@@ -43,6 +43,8 @@ class SamQualityConfig:
     """Validation folders with masks; the baseline's disc is measured on ``train`` beside each."""
     output: Path = Path("benchmarks/results/sam_quality")
     """Report without its endings; ``.md`` and ``.json`` are written."""
+    max_images: int | None = None
+    """Images per data set, spread evenly over it; all where not given."""
     max_instances: int = 8
     """Objects per image, chosen at random where there are more."""
     seed: int = 0
@@ -158,12 +160,17 @@ def main(config: SamQualityConfig) -> None:
     sam = load_sam(config.weights)
     results = {}
     for path in config.data:
-        radius = median_radius(load_coco_folder(path.parent / "train"))
+        radius = median_radius(_spread(load_coco_folder(path.parent / "train"), config.max_images))
         name = f"{path.parent.name}/{path.name}"
-        results[name] = evaluate_folder(sam, load_coco_folder(path), radius, config)
+        folder = _spread(load_coco_folder(path), config.max_images)
+        results[name] = evaluate_folder(sam, folder, radius, config)
+        _LOGGER.info("%s: %s", name, _means({name: results[name]})[name])
     facts = {
         "weights": f"{config.weights.name}, SHA-256 {sha256_of_file(config.weights)[:16]}",
         "commit": git_commit(),
+        "images per data set": "all"
+        if config.max_images is None
+        else f"at most {config.max_images}, spread evenly",
         "objects per image": f"at most {config.max_instances}, chosen with seed {config.seed}",
     }
     command = shlex.join(["python", "-m", "training.evaluation.sam_quality", *sys.argv[1:]])
@@ -236,6 +243,14 @@ def _prompted(
         best=iou[:, 1:].max(axis=1),
         baseline=np.array(baseline, dtype=np.float64),
     )
+
+
+def _spread(folder: CocoFolder, max_images: int | None) -> CocoFolder:
+    """``folder`` with at most ``max_images`` records, evenly spaced."""
+    if max_images is None or len(folder.records) <= max_images:
+        return folder
+    chosen = np.linspace(0, len(folder.records) - 1, max_images).round().astype(int)
+    return dataclasses.replace(folder, records=tuple(folder.records[i] for i in chosen))
 
 
 def _some_masks(record: ImageRecord, config: SamQualityConfig) -> NDArray[np.bool_]:
