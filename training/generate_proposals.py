@@ -51,6 +51,9 @@ class ProposalRecipe:
     sees, for images whose tags must not be known."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """Settings of the served pipeline."""
+    mixed_precision: bool = False
+    """SAM in bfloat16: on CPUs with matrix units about twice as fast, with boxes that differ by
+    fractions of a pixel from the served ones."""
     skip_bad: bool = False
     """Leave unreadable images out and list them in ``skipped.json`` instead of stopping."""
 
@@ -95,6 +98,7 @@ def generate_proposals(config: GenerateProposalsConfig) -> None:
         load_sam(config.sam),
         config.recipe.pipeline.clustering,
         device=config.device,
+        mixed_precision=config.recipe.mixed_precision,
     )
     parts, skipped = _propose_all(stage, folder, trained, config.recipe)
     proposals = {image_id: part.proposals for image_id, part in parts.items()}

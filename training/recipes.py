@@ -39,7 +39,7 @@ class ChainRecipe:
 
 def _proposals(points_per_side: int, min_side_px: float) -> ProposalRecipe:
     settings = ProposalConfig(points_per_side=points_per_side, min_side_px=min_side_px)
-    return ProposalRecipe(pipeline=PipelineConfig(proposals=settings))
+    return ProposalRecipe(pipeline=PipelineConfig(proposals=settings), mixed_precision=True)
 
 
 def scenes() -> ChainRecipe:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from segment_anything.modeling import Sam
-from torch import nn
+from torch import Tensor, nn
 
 from training.models.sam_adapters import SamImageEncoderAdapter, SamMaskDecoderAdapter
 from training.models.vit_adapter import LoadedClassifier, VitClassifierAdapter
@@ -34,7 +34,14 @@ from weaksam_rt.prompt_clustering import ClusteringConfig, prompt_clustering_mod
 class TorchModel:
     """A contract-shaped module as a model function, the torch sister of ``OnnxRuntimeModel``."""
 
-    def __init__(self, module: nn.Module, contract: ModelContract, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        contract: ModelContract,
+        *,
+        device: str = "cpu",
+        mixed_precision: bool = False,
+    ) -> None:
         """Take over ``module``: it is moved to ``device`` and switched to evaluation.
 
         Args:
@@ -42,7 +49,9 @@ class TorchModel:
                 one tensor).
             contract: What goes in and out; checked on every call.
             device: A torch device, for example ``cuda``.
+            mixed_precision: bfloat16 autocast; outputs keep the contract's dtypes.
         """
+        self._mixed_precision = mixed_precision
         self.contract = contract
         self._module = module.eval().to(device)
         self._device = device
@@ -58,11 +67,21 @@ class TorchModel:
             torch.from_numpy(inputs[spec.name].copy()).to(self._device)
             for spec in self.contract.inputs
         ]
-        with torch.inference_mode():
+        autocast = torch.autocast(
+            torch.device(self._device).type, dtype=torch.bfloat16, enabled=self._mixed_precision
+        )
+        with torch.inference_mode(), autocast:
             results = self._module(*tensors)
         results = (results,) if isinstance(results, torch.Tensor) else results
         found = dict(zip(names, results, strict=True))
-        return {name: found[name].cpu().numpy() for name in wanted}
+        return {name: _as_array(found[name]) for name in wanted}
+
+
+def _as_array(tensor: Tensor) -> NDArray[Any]:
+    """NumPy has no bfloat16."""
+    is_half = tensor.dtype == torch.bfloat16
+    array: NDArray[Any] = (tensor.float() if is_half else tensor).cpu().numpy()
+    return array
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +93,12 @@ class TrainedModels:
 
 
 def proposal_models(
-    classifier: LoadedClassifier, sam: Sam, clustering: ClusteringConfig, *, device: str = "cpu"
+    classifier: LoadedClassifier,
+    sam: Sam,
+    clustering: ClusteringConfig,
+    *,
+    device: str = "cpu",
+    mixed_precision: bool = False,
 ) -> TrainedModels:
     """The models of ``WeakSamPipeline.propose`` and ``segment``, in this process.
 
@@ -83,6 +107,7 @@ def proposal_models(
         sam: From ``load_sam``.
         clustering: Settings of prompt clustering.
         device: A torch device; clustering stays on the CPU.
+        mixed_precision: bfloat16 for SAM; the classifier's maps stay exact.
     """
     vit = VitClassifierAdapter(classifier.model)
     vit_parameters = vit.parameters_of_contract(classifier.class_names)
@@ -94,10 +119,16 @@ def proposal_models(
         VIT_CLASSIFIER: TorchModel(vit, vit_classifier_contract(vit_parameters), device=device),
         PROMPT_CLUSTERING: partial(prompt_clustering_model, config=clustering),
         SAM_IMAGE_ENCODER: TorchModel(
-            SamImageEncoderAdapter(sam), sam_image_encoder_contract(sam_parameters), device=device
+            SamImageEncoderAdapter(sam),
+            sam_image_encoder_contract(sam_parameters),
+            device=device,
+            mixed_precision=mixed_precision,
         ),
         SAM_MASK_DECODER: TorchModel(
-            SamMaskDecoderAdapter(sam), sam_mask_decoder_contract(sam_parameters), device=device
+            SamMaskDecoderAdapter(sam),
+            sam_mask_decoder_contract(sam_parameters),
+            device=device,
+            mixed_precision=mixed_precision,
         ),
     }
     return TrainedModels(
