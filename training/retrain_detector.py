@@ -49,6 +49,7 @@ from training.retraining.roi_drop import (
     reduce_roi_losses,
 )
 from weaksam_rt.config import DetectionConfig
+from weaksam_rt.errors import ArtifactError
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -133,8 +134,14 @@ def load_detector(path: Path) -> tuple[FasterRcnn, tuple[str, ...]]:
     sizes = dict(metadata["model"])
     sizes["anchor_sizes"] = tuple(tuple(level) for level in sizes["anchor_sizes"])
     sizes["aspect_ratios"] = tuple(sizes["aspect_ratios"])
+    sizes.setdefault("semantic", False)  # weights from before that part was there
     model = FasterRcnn(FasterRcnnConfig(**sizes), len(class_names))
-    model.load_state_dict(load_weights(path))
+    try:
+        model.load_state_dict(load_weights(path))
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{path} does not fit its own sizes: {error}; train the detector again"
+        ) from error
     return model.eval(), class_names
 
 

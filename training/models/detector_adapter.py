@@ -12,11 +12,10 @@ from jaxtyping import Float, Int32, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.models.roi_pooling import pool_rois
 from training.retraining.faster_rcnn import (
     BOX_WEIGHTS,
-    ROI_STRIDE,
     FasterRcnn,
+    pool_all_rois,
 )
 
 _MAX_LOG_SCALE = math.log(1000 / 16)
@@ -70,8 +69,7 @@ class DetectorAdapter(nn.Module):
         """
         features = self.model.features(image.permute(0, 3, 1, 2).float())
         rois = self._propose(features.levels)  # [b, k, 4]
-        pooled = pool_rois(features.roi_map, rois, stride=ROI_STRIDE)
-        logits, offsets = self.model.box_head(pooled.flatten(0, 1))
+        logits, offsets = self.model.box_head(pool_all_rois(features, rois))
         shape = rois.shape[:2]
         scores = logits.softmax(dim=-1).unflatten(0, shape)[:, :, 1:]  # [b, k, c]
         boxes = decode_boxes(

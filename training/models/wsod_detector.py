@@ -84,16 +84,7 @@ class RoiDescriber(nn.Module):
     ) -> RoiDescriptions:
         """Describe boxes (XYXY, model frame) of one image (RGB in [0, 255])."""
         features = self.trunk((image - self.pixel_mean) / self.pixel_std).stride16.float()
-        pooled = pool_rois(features, enlarge(boxes)[None], stride=ROI_STRIDE)[0]  # [n, 7, 7, d]
-        inner = slice(_FRAME_CELLS, ROI_SIZE - _FRAME_CELLS)
-        inside = pooled[:, inner, inner].flatten(1, 2)  # [n, 25, d]
-        num_around = ROI_SIZE**2 - inside.shape[1]
-        around = (pooled.sum(dim=(1, 2)) - inside.sum(dim=1)) / num_around
-        return RoiDescriptions(
-            mean_inside=inside.mean(dim=1).bfloat16(),
-            max_inside=inside.amax(dim=1).bfloat16(),
-            mean_around=around.bfloat16(),
-        )
+        return describe_rois(features, boxes)
 
 
 class WsodHead(nn.Module):
@@ -139,3 +130,19 @@ def enlarge(boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     half = (boxes[:, 2:] - boxes[:, :2]) * (scale / 2)
     return torch.cat([centres - half, centres + half], dim=1)
+
+
+def describe_rois(
+    features: Float[Tensor, "1 d h w"], boxes: Float[Tensor, "n 4"]
+) -> RoiDescriptions:
+    """Summaries of a map at ``ROI_STRIDE`` inside and around boxes (XYXY, model frame)."""
+    pooled = pool_rois(features, enlarge(boxes)[None], stride=ROI_STRIDE)[0]  # [n, 7, 7, d]
+    inner = slice(_FRAME_CELLS, ROI_SIZE - _FRAME_CELLS)
+    inside = pooled[:, inner, inner].flatten(1, 2)  # [n, 25, d]
+    num_around = ROI_SIZE**2 - inside.shape[1]
+    around = (pooled.sum(dim=(1, 2)) - inside.sum(dim=1)) / num_around
+    return RoiDescriptions(
+        mean_inside=inside.mean(dim=1).bfloat16(),
+        max_inside=inside.amax(dim=1).bfloat16(),
+        mean_around=around.bfloat16(),
+    )

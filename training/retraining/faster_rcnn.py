@@ -25,7 +25,9 @@ from training.retraining.roi_drop import RoiLosses
 STRIDES = (8, 16, 32)
 """Of the pyramid's levels, in pixels of the model frame."""
 ROI_STRIDE = 8
-"""Stride of the map that RoIs are pooled from."""
+"""Stride of the map that RoIs are pooled from, cell by cell."""
+SEMANTIC_STRIDE = 16
+"""Stride of the map that RoIs are averaged over."""
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 """Scales of the encoded centre and size offsets in the RoI head."""
 
@@ -42,6 +44,9 @@ class FasterRcnnConfig:
     """Channels of the map that RoIs are pooled from, a multiple of 16."""
     head_width: int = 256
     """Width of the two fully-connected layers of the RoI head."""
+    semantic: bool = True
+    """The RoI head also reads the trunk's last features, averaged over each RoI: they know classes
+    before any training here, so few images suffice."""
     anchor_sizes: tuple[tuple[int, ...], ...] = ((20, 34), (56, 92), (148, 236))
     """Square roots of the anchors' areas in pixels, by level (strides 8, 16, 32)."""
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -79,7 +84,19 @@ class DetectorFeatures:
     ]
     """For the RPN, at ``STRIDES``."""
     roi_map: Float[Tensor, "b r h8 w8"]
-    """For the RoI head, at ``ROI_STRIDE``."""
+    """For the RoI head, at ``ROI_STRIDE``: where things are."""
+    semantic_map: Float[Tensor, "b d h16 w16"]
+    """For the RoI head, at ``SEMANTIC_STRIDE``: the trunk's own last features, which know classes
+    before any training here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledRois:
+    """What the RoI head reads of n RoIs."""
+
+    cells: Float[Tensor, "n 7 7 c"]
+    semantic: Float[Tensor, "n d"]
+    """Mean of the semantic map over each RoI."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +134,9 @@ class FeaturePyramid(nn.Module):
         sum8 = self.lateral8(stride8) + _double(level16)
         level8 = functional.relu(self.output8(sum8))
         return DetectorFeatures(
-            levels=(level8, level16, level32), roi_map=functional.relu(self.roi_map(level8))
+            levels=(level8, level16, level32),
+            roi_map=functional.relu(self.roi_map(level8)),
+            semantic_map=stride16,
         )
 
 
@@ -146,30 +165,32 @@ class RpnHead(nn.Module):
 class RoiBoxHead(nn.Module):
     """Class logits and class-specific box offsets of pooled RoIs; background is class 0."""
 
-    def __init__(self, config: FasterRcnnConfig, num_classes: int) -> None:
+    def __init__(self, config: FasterRcnnConfig, num_classes: int, semantic_channels: int) -> None:
         super().__init__()
-        self.hidden = nn.Sequential(
-            nn.Linear(config.roi_channels * ROI_SIZE**2, config.head_width),
-            nn.ReLU(),
-            nn.Linear(config.head_width, config.head_width),
-            nn.ReLU(),
-        )
+        self.cells = nn.Linear(config.roi_channels * ROI_SIZE**2, config.head_width)
+        self.semantic: nn.Module | None = None
+        if config.semantic:
+            self.semantic = nn.Sequential(
+                nn.LayerNorm(semantic_channels), nn.Linear(semantic_channels, config.head_width)
+            )
+        self.hidden = nn.Linear(config.head_width, config.head_width)
         self.classes = nn.Linear(config.head_width, num_classes + 1)
         self.offsets = nn.Linear(config.head_width, 4 * (num_classes + 1))
-        for layer in self.hidden:
-            if isinstance(layer, nn.Linear):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
+        for layer in (self.cells, self.hidden):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.normal_(self.classes.weight, std=0.01)
         nn.init.normal_(self.offsets.weight, std=0.001)
-        nn.init.zeros_(self.classes.bias)
-        nn.init.zeros_(self.offsets.bias)
+        for layer in (self.cells, self.hidden, self.classes, self.offsets):
+            nn.init.zeros_(layer.bias)
 
     def forward(
-        self, pooled: Float[Tensor, "n 7 7 c"]
+        self, rois: PooledRois
     ) -> tuple[Float[Tensor, "n classes"], Float[Tensor, "n offsets"]]:
         """Logits [n, classes + 1] and offsets [n, 4 * (classes + 1)], float32."""
-        hidden = self.hidden(pooled.flatten(1))
+        hidden = self.cells(rois.cells.flatten(1))
+        if self.semantic is not None:
+            hidden = hidden + self.semantic(rois.semantic.float())
+        hidden = functional.relu(self.hidden(functional.relu(hidden)))
         return self.classes(hidden).float(), self.offsets(hidden).float()
 
 
@@ -197,7 +218,7 @@ class FasterRcnn(nn.Module):
             post_nms_top_n=dict.fromkeys(("training", "testing"), config.proposals_per_image),
             nms_thresh=0.7,
         )  # fmt: skip
-        self.box_head = RoiBoxHead(config, num_classes)
+        self.box_head = RoiBoxHead(config, num_classes, self.trunk.out_channels[2])
         self._sampler = _RoiSampler(config)
         self.register_buffer("pixel_mean", _per_channel(PIXEL_MEAN), persistent=False)
         self.register_buffer("pixel_std", _per_channel(PIXEL_STD), persistent=False)
@@ -239,7 +260,7 @@ class FasterRcnn(nn.Module):
             targets,
         )
         rois, roi_labels, roi_targets = self._sampler.sample(proposals, targets)
-        logits, offsets = self.box_head(pool_sampled_rois(features.roi_map, rois))
+        logits, offsets = self.box_head(pool_sampled_rois(features, rois))
         return DetectorLosses(
             objectness=rpn_losses["loss_objectness"],
             rpn_box=rpn_losses["loss_rpn_box_reg"],
@@ -247,14 +268,22 @@ class FasterRcnn(nn.Module):
         )
 
 
+def pool_all_rois(features: DetectorFeatures, rois: Float[Tensor, "b k 4"]) -> PooledRois:
+    """What the head reads of the RoIs (XYXY in the model frame), n = b * k of them."""
+    cells = pool_rois(features.roi_map, rois, stride=ROI_STRIDE)
+    semantic = pool_rois(features.semantic_map, rois, stride=SEMANTIC_STRIDE, num_cells=1)
+    return PooledRois(cells=cells.flatten(0, 1), semantic=semantic.flatten(0, 1).flatten(1))
+
+
 def pool_sampled_rois(
-    roi_map: Float[Tensor, "b c h w"], rois: Sequence[Float[Tensor, "_ 4"]]
-) -> Float[Tensor, "n 7 7 c"]:
-    """Pooled features of RoIs given by image, XYXY in the model frame; their number may differ."""
+    features: DetectorFeatures, rois: Sequence[Float[Tensor, "_ 4"]]
+) -> PooledRois:
+    """The same for RoIs given by image, whose numbers may differ."""
     padded = pad_sequence(list(rois), batch_first=True)
     counts = torch.tensor([len(boxes) for boxes in rois], device=padded.device)
-    is_real = torch.arange(padded.shape[1], device=padded.device) < counts[:, None]
-    return pool_rois(roi_map, padded, stride=ROI_STRIDE)[is_real]
+    is_real = (torch.arange(padded.shape[1], device=padded.device) < counts[:, None]).flatten()
+    pooled = pool_all_rois(features, padded)
+    return PooledRois(cells=pooled.cells[is_real], semantic=pooled.semantic[is_real])
 
 
 def roi_losses(

@@ -31,6 +31,14 @@ def test_a_map_that_is_not_square_is_pooled_alike():
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+def test_one_cell_is_the_mean_of_all():
+    generator = torch.Generator().manual_seed(3)
+    feature_map, rois = torch.randn(1, 3, 8, 8), _random_rois(1, 5, 64, generator)
+    cells = pool_rois(feature_map, rois, stride=8)
+    mean = pool_rois(feature_map, rois, stride=8, num_cells=1)
+    torch.testing.assert_close(mean[:, :, 0, 0], cells.mean(dim=(2, 3)))
+
+
 def test_gradients_are_those_of_roi_align():
     generator = torch.Generator().manual_seed(2)
     feature_map = torch.randn(1, 2, 8, 8, generator=generator)

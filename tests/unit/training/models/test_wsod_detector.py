@@ -1,0 +1,61 @@
+import torch
+
+from training.models.squeezenet import SqueezeNetFeatures
+from training.models.wsod_detector import (
+    RoiDescriber,
+    RoiDescriptions,
+    WsodDetectorConfig,
+    WsodHead,
+    describe_rois,
+    enlarge,
+)
+from training.wsod.mil_head import image_loss
+from training.wsod.oicr import OicrConfig, oicr_loss
+
+_TOY = WsodDetectorConfig(image_size=64, head_width=16)
+
+
+def _descriptions(num_rois, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.rand(num_rois, 512, generator=generator) for _ in range(3)]
+    return RoiDescriptions(mean_inside=parts[0], max_inside=parts[1], mean_around=parts[2])
+
+
+def test_an_enlarged_box_has_the_box_in_its_inner_five_sevenths():
+    assert enlarge(torch.tensor([[10.0, 20.0, 15.0, 30.0]])).tolist() == [[9.0, 18.0, 16.0, 32.0]]
+
+
+def test_descriptions_tell_inside_from_around():
+    features = torch.zeros(1, 512, 4, 4)
+    features[0, 0, 1:3, 1:3] = 1.0
+    boxes = torch.tensor([[24.0, 24.0, 40.0, 40.0], [0.0, 0.0, 64.0, 64.0]])
+    rois = describe_rois(features, boxes)
+    assert rois.mean_inside[0, 0] > 0.9
+    assert rois.mean_around[0, 0] < rois.mean_inside[0, 0]
+    assert rois.mean_around[1, 0] < rois.mean_inside[1, 0] < 0.5
+    assert rois.max_inside[1, 0] == 1.0
+
+
+def test_the_trunk_is_frozen_and_every_other_parameter_learns():
+    describer = RoiDescriber(SqueezeNetFeatures())
+    assert not any(parameter.requires_grad for parameter in describer.parameters())
+    torch.manual_seed(0)
+    head = WsodHead(_TOY, num_classes=3).eval()
+    tags, boxes = torch.tensor([1.0, 0.0, 1.0]), torch.rand(6, 4).sort(dim=1).values * 60
+    outputs = head(_descriptions(6))
+    loss = image_loss(outputs.mil_scores, tags) + oicr_loss(
+        outputs.mil_scores, outputs.refinement_logits, boxes, tags, OicrConfig()
+    )
+    loss.backward()
+    without = [n for n, p in head.named_parameters() if p.grad is None or not p.grad.any()]
+    # The same bias for every RoI does not change the softmax over RoIs, and cancels besides.
+    assert without == ["mil.detection.bias"]
+
+
+def test_scores_are_the_mean_of_the_branches_without_background():
+    torch.manual_seed(0)
+    outputs = WsodHead(_TOY, num_classes=3).eval()(_descriptions(4))
+    scores = outputs.scores()
+    assert scores.shape == (4, 3)
+    expected = sum(logits.softmax(dim=1)[:, 1:] for logits in outputs.refinement_logits) / 3
+    torch.testing.assert_close(scores, expected)
