@@ -1,6 +1,7 @@
 """Right requests to a real server: the answers are those of the pipeline in this process."""
 
 import asyncio
+import time
 import urllib.request
 
 import numpy as np
@@ -180,3 +181,13 @@ def test_metrics_count_the_requests(server, client):
     counts = [line for line in text.splitlines() if line.startswith("nv_inference_request_success")]
     count = next(float(line.split()[-1]) for line in counts if 'model="weaksam_detect"' in line)
     assert count >= 1
+
+
+def test_a_lone_client_never_waits_for_the_batcher(client):
+    """With one instance behind a bounded queue, one in ten of these took half a second."""
+    times = []
+    for _ in range(60):
+        start = time.perf_counter()
+        client.detect(PNG)
+        times.append(time.perf_counter() - start)
+    assert sum(seconds > 0.45 for seconds in times) <= 1
