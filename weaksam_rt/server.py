@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +31,12 @@ from weaksam_rt.errors import ServerUnavailableError
 _LOGGER = logging.getLogger(__name__)
 _POLL_S = 0.05
 _LOG_LINES_SHOWN = 25
+_END_WITH_PARENT = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+)
+"""A program that becomes the server and asks the kernel for a SIGTERM when its parent dies, however
+it dies (1 is PR_SET_PDEATHSIG). Linux only, as the server is.
+"""
 _INSTALL = "install the server extra: pip install 'weaksam-rt[server]'"
 
 
@@ -203,7 +210,7 @@ class EmbeddedServer:
         )
         with self._log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                command,
+                [*_watchdog(), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -331,6 +338,15 @@ def _environment(installation: _Installation) -> dict[str, str]:
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
         "PATH": os.pathsep.join(filter(None, path)),
     }
+
+
+def _watchdog() -> list[str]:
+    """What to start the server through. The kernel watches the thread that starts it, so a thread
+    that may end before the server must do without.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT]
 
 
 def _command(

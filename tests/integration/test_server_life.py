@@ -133,8 +133,9 @@ def test_a_broken_engine_is_named_when_the_server_does_not_start(tmp_path, detec
         pass
 
 
-def test_a_served_process_stops_within_seconds_of_sigterm(tmp_path, detector, config):
-    """As an operator's supervisor does it: nothing is left running."""
+@pytest.fixture
+def serving_process(tmp_path, detector, config):
+    """Another process that serves until it is told to stop; with its server's id and address."""
     build_model_repository([detector], tmp_path / "models", profile="embedded", config=config)
     program = (
         "import sys; from pathlib import Path; from weaksam_rt.server import EmbeddedServer\n"
@@ -149,15 +150,36 @@ def test_a_served_process_stops_within_seconds_of_sigterm(tmp_path, detector, co
         cwd=Path(__file__).parents[2],
     )
     pid, address = process.stdout.readline().split()
+    yield process, int(pid), address
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_serving_process_stops_within_seconds_of_sigterm(serving_process):
+    """As an operator's supervisor does it: nothing is left running."""
+    process, pid, address = serving_process
     with WeakSamClient(address) as client:
         assert len(client.detect(PNG)) == 2
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
-    assert time.monotonic() - start < 10
-    process.stdout.close()
+    assert time.monotonic() - start < 12
     with pytest.raises(ProcessLookupError):
-        os.killpg(int(pid), 0)
+        os.killpg(pid, 0)
+
+
+def test_a_server_does_not_outlive_a_killed_parent(serving_process):
+    process, pid, _ = serving_process
+    process.kill()
+    for _ in range(150):
+        try:
+            os.killpg(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(pid, signal.SIGKILL)
+    pytest.fail("the server still runs 15 s after its parent was killed")
 
 
 def test_a_server_that_dies_is_reported(tmp_path, detector, config):

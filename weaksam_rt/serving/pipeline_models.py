@@ -23,7 +23,7 @@ from weaksam_rt.contracts import (
     WEAKSAM_SEGMENT,
     ModelContract,
 )
-from weaksam_rt.errors import ContractError, ImageError
+from weaksam_rt.errors import ContractError, ImageError, InferenceTimeoutError
 from weaksam_rt.images import decode_image
 from weaksam_rt.model_repository import PIPELINE_NAME, member_contracts, read_pipeline_file
 from weaksam_rt.pipeline import PipelineModels, WeakSamPipeline
@@ -54,6 +54,8 @@ class _PipelineModel(ABC):
 
     async def _respond(self, request: Any) -> Any:
         try:
+            if request.is_cancelled():  # nobody waits any more: leave the cores to the others
+                raise InferenceTimeoutError("the client gave up before the work began")
             arrays = _without_batch_axis(arrays_of(request, self.contract), self.contract)
             image = decode_image(_encoded_image(arrays))
             outputs = await self._answer(self._pipeline, self._models, image, arrays)
