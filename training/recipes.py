@@ -40,7 +40,10 @@ class ChainRecipe:
 def _proposals(points_per_side: int, min_side_px: float) -> ProposalRecipe:
     # The published 0.3 keeps one box of each neighbourhood, by a score that a small SAM cannot give.
     settings = ProposalConfig(
-        points_per_side=points_per_side, min_side_px=min_side_px, grid_nms_thresh=0.7
+        points_per_side=points_per_side,
+        min_side_px=min_side_px,
+        grid_nms_thresh=0.7,
+        max_prompts_per_call=8,  # 64 prompts leave the cache: 1.17 s an image instead of 0.76 s
     )
     return ProposalRecipe(pipeline=PipelineConfig(proposals=settings), mixed_precision=True)
 
