@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from export.verify import FP32, Tolerance
-from training.engine.checkpoint import load_metadata
+from training.engine.stage import MANIFEST_NAME, read_manifest
 from training.models.detector_adapter import DetectorAdapter
 from training.models.sam import load_sam
 from training.models.sam_adapters import SamImageEncoderAdapter, SamMaskDecoderAdapter
@@ -160,12 +160,13 @@ def _decoder_inputs(
 
 
 def _source(weights: Path) -> dict[str, Any]:
-    metadata = load_metadata(weights) if weights.suffix == ".safetensors" else {}
-    return {
-        "file": weights.name,
-        "sha256": sha256_of_file(weights),
-        "provenance": metadata.get("provenance", {}),
-    }
+    """Which weights, and how they came to be where the stage's manifest lies beside them."""
+    source: dict[str, Any] = {"file": weights.name, "sha256": sha256_of_file(weights)}
+    if (weights.parent / MANIFEST_NAME).is_file():
+        manifest = read_manifest(weights.parent)
+        kept = ("stage", "config", "inputs", "metrics", "commit", "versions", "duration_s")
+        source |= {key: manifest[key] for key in kept}
+    return source
 
 
 def example_tensors(inputs: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:

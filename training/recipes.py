@@ -38,7 +38,8 @@ class ChainRecipe:
 
 
 def _proposals(points_per_side: int, min_side_px: float) -> ProposalRecipe:
-    # The published 0.3 keeps one box of each neighbourhood, by a score that a small SAM cannot give.
+    # The published 0.3 keeps one box of each neighbourhood, by a score that a small SAM
+    # cannot give.
     settings = ProposalConfig(
         points_per_side=points_per_side,
         min_side_px=min_side_px,
