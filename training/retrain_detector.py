@@ -14,14 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -36,6 +28,7 @@ from training.engine.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
 from training.evaluate import summary, write_report
 from training.models.detector_adapter import DetectorAdapter
@@ -173,7 +166,7 @@ def train(
     steps_per_epoch = -(-len(images) // recipe.batch_size)
     num_steps = recipe.epochs * steps_per_epoch
     model.train()
-    with _progress() as progress:
+    with stage_progress() as progress:
         task = progress.add_task("train detector", total=num_steps, completed=done)
         for step in range(done, num_steps):
             batch = batch_of_step(images, recipe, step)
@@ -303,16 +296,6 @@ def _evaluate(
     report = summary(write_report(stage.directory, folder, detections))
     _LOGGER.info("%s: %s", val, report)
     return report
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import read_proposals, write_detections
 from training.data.views import FramedImage, frame_image
 from training.engine.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
 from training.evaluate import summary, write_report
 from training.models.squeezenet import SqueezeNetFeatures, load_imagenet_squeezenet
@@ -180,13 +181,20 @@ def train(
     steps_per_epoch = -(-len(tagged) // recipe.images_per_step)
     num_steps = recipe.epochs * steps_per_epoch
     head.train()
-    for step in track(range(done, num_steps), description="train WSOD"):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * rate_factor(step, num_steps, recipe.warmup_steps)
-        scalars = train_step(head, optimizer, _samples_of_step(tagged, recipe, step), recipe)
-        stage.log_metrics(step=step, **scalars)
-        if (step + 1) % steps_per_epoch == 0:
-            save_checkpoint(checkpoint, modules={"head": head}, optimizer=optimizer, step=step + 1)
+    with stage_progress() as progress:
+        task = progress.add_task("train WSOD", total=num_steps, completed=done)
+        for step in range(done, num_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * rate_factor(
+                    step, num_steps, recipe.warmup_steps
+                )
+            scalars = train_step(head, optimizer, _samples_of_step(tagged, recipe, step), recipe)
+            stage.log_metrics(step=step, **scalars)
+            if (step + 1) % steps_per_epoch == 0:
+                save_checkpoint(
+                    checkpoint, modules={"head": head}, optimizer=optimizer, step=step + 1
+                )
+            progress.update(task, advance=1)
     return head.eval()
 
 

@@ -1,7 +1,6 @@
 """COCO's average precision of boxes, by faster-coco-eval (a drop-in for pycocotools)."""
 
-import contextlib
-import io
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,8 @@ from training.data.coco import CocoFolder
 from weaksam_rt.boxes import box_area, box_xywh_from_xyxy
 from weaksam_rt.types import Detections
 
+_LOGGER = logging.getLogger(__name__)
+
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 """What ``coco_ap`` returns; each in [0, 1], or -1 where no object of that size exists."""
 
@@ -21,12 +22,11 @@ def coco_ap(folder: CocoFolder, detections: Mapping[int, Detections]) -> dict[st
     truth, results = coco_truth(folder), coco_results(detections)
     if not results:
         return dict.fromkeys(METRICS, 0.0)
-    with contextlib.redirect_stdout(io.StringIO()):
-        api = COCO(truth)
-        evaluation = COCOeval_faster(api, api.loadRes(results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+    api = COCO(truth)
+    evaluation = COCOeval_faster(api, api.loadRes(results), "bbox", print_function=_LOGGER.debug)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
     return {name: float(v) for name, v in zip(METRICS, evaluation.stats[:6], strict=True)}
 
 

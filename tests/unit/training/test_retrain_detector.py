@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+import torch
+
+import training.retrain_detector as stage_module
+from training.data.coco import load_coco_folder
+from training.detect import detect_folder
+from training.engine.checkpoint import save_weights
+from training.engine.stage import open_stage, read_manifest
+from training.generate_scenes import GenerateScenesConfig, generate_scenes
+from training.models.detector_adapter import CandidateConfig, DetectorAdapter
+from training.retrain_detector import (
+    WEIGHTS_NAME,
+    DetectorRecipe,
+    RetrainDetectorConfig,
+    batch_of_step,
+    load_detector,
+    load_framed_images,
+    main,
+    train,
+)
+from training.retraining.faster_rcnn import FasterRcnn, FasterRcnnConfig
+from weaksam_rt.config import DetectionConfig
+from weaksam_rt.errors import ArtifactError
+
+_RECIPE = DetectorRecipe(
+    model=FasterRcnnConfig(
+        image_size=64,
+        neck_channels=16,
+        roi_channels=16,
+        head_width=16,
+        anchor_sizes=((12,), (24,), (44,)),
+        rois_per_image=8,
+        proposals_per_image=30,
+    ),
+    epochs=2,
+    batch_size=2,
+    warmup_steps=1,
+)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    generate_scenes(root, GenerateScenesConfig(num_train=4, num_val=2))
+    return root
+
+
+def _open(directory):
+    return open_stage("retrain_detector", directory, config=_RECIPE, inputs={})
+
+
+def test_a_killed_run_ends_where_the_undisturbed_one_does(scenes, tmp_path, monkeypatch):
+    folder = load_coco_folder(scenes / "train")
+    undisturbed = train(_open(tmp_path / "a"), folder, _RECIPE, None)
+    real_step = stage_module.train_step
+
+    def _killed_in_step_3(model, optimizer, batch, recipe, step, num_steps):
+        if step == 3:
+            raise KeyboardInterrupt
+        return real_step(model, optimizer, batch, recipe, step, num_steps)
+
+    monkeypatch.setattr(stage_module, "train_step", _killed_in_step_3)
+    with pytest.raises(KeyboardInterrupt):
+        train(_open(tmp_path / "b"), folder, _RECIPE, None)
+    monkeypatch.undo()
+    resumed = train(_open(tmp_path / "b"), folder, _RECIPE, None)
+    for name, value in undisturbed.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_the_command_trains_evaluates_and_is_skipped_when_done(scenes, tmp_path):
+    config = RetrainDetectorConfig(
+        data=scenes / "train", val=scenes / "val", output=tmp_path / "run", recipe=_RECIPE
+    )
+    main(config)
+    assert 0 <= read_manifest(tmp_path / "run")["metrics"]["val"]["voc_ap50"] <= 1
+    model, class_names = load_detector(tmp_path / "run" / WEIGHTS_NAME)
+    assert model.config == _RECIPE.model
+    assert class_names == load_coco_folder(scenes / "train").class_names
+    written = (tmp_path / "run" / WEIGHTS_NAME).stat().st_mtime_ns
+    main(config)
+    assert (tmp_path / "run" / WEIGHTS_NAME).stat().st_mtime_ns == written
+
+
+def test_views_depend_on_seed_and_step_only(scenes):
+    images = load_framed_images(load_coco_folder(scenes / "train"), 64)
+    first, again, other = (batch_of_step(images, _RECIPE, step) for step in (1, 1, 3))
+    np.testing.assert_array_equal(first[0].pixels, again[0].pixels)
+    assert any((a.pixels != b.pixels).any() for a, b in zip(first, other, strict=True))
+
+
+def test_every_image_is_seen_once_an_epoch(scenes):
+    images = load_framed_images(load_coco_folder(scenes / "train"), 64)
+    assert sum(len(batch_of_step(images, _RECIPE, step)) for step in range(2)) == len(images)
+
+
+def test_detections_lie_in_the_frame_of_each_image(scenes):
+    folder = load_coco_folder(scenes / "val")
+    model = FasterRcnn(_RECIPE.model, len(folder.class_names)).eval()
+    adapter = DetectorAdapter(model, CandidateConfig(num_rois=10, num_candidates=10)).eval()
+    found = detect_folder(
+        adapter,
+        folder,
+        image_size=64,
+        config=DetectionConfig(score_thresh=0.0, nms_thresh=0.5, max_detections=5),
+    )
+    for record in folder.records:
+        boxes = found[record.image_id].boxes
+        height, width = record.image_size
+        assert 0 < len(boxes) <= 5
+        assert (boxes >= 0).all()
+        assert (boxes <= [width, height, width, height]).all()
+        assert boxes.max() > 64
+
+
+def test_weights_of_another_size_are_refused_by_name(tmp_path):
+    model = FasterRcnn(_RECIPE.model, 2)
+    sizes = {"anchor_sizes": [[12], [24], [44]], "aspect_ratios": [0.5, 1.0, 2.0]}
+    save_weights(
+        tmp_path / "d.safetensors",
+        model.state_dict(),
+        {"model": sizes, "class_names": ["disc", "star"]},
+    )
+    with pytest.raises(ArtifactError, match=r"d\.safetensors does not fit"):
+        load_detector(tmp_path / "d.safetensors")
+
+
+def test_a_data_set_without_boxes_is_refused(scenes, tmp_path):
+    folder = load_coco_folder(scenes / "train", classes=())
+    with pytest.raises(ValueError, match="no image has a box"):
+        train(_open(tmp_path), folder, _RECIPE, None)
