@@ -55,6 +55,9 @@ class RunConfig:
     what follows."""
     seed: int = 0
     """Of every stage that draws random numbers."""
+    val_proposals: bool = True
+    """Also make proposals for the validation images, with predicted tags, and evaluate the
+    multiple-instance detector on them."""
     supervised: bool = False
     """Also train the same detector on the true boxes: the upper bound."""
     num_threads: int = 2
@@ -79,8 +82,8 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
             proposals=train_proposals / PROPOSALS_NAME,
             output=wsod,
             trunk_weights=config.trunk_weights,
-            val=config.val,
-            val_proposals=val_proposals / PROPOSALS_NAME,
+            val=config.val if config.val_proposals else None,
+            val_proposals=val_proposals / PROPOSALS_NAME if config.val_proposals else None,
             recipe=recipe.wsod,
         )
     )
@@ -99,12 +102,13 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
         "recipe": config.recipe,
         "seed": config.seed,
         "proposals_train": read_manifest(train_proposals)["metrics"],
-        "proposals_val": read_manifest(val_proposals)["metrics"],
         "wsod_train": _score(config.data, wsod / train_wsod.DETECTIONS_NAME),
-        "wsod_val": _score(config.val, wsod / train_wsod.VAL_DETECTIONS_NAME),
         "pseudo_labels": read_manifest(labels)["metrics"],
         "detector": read_manifest(config.output / "detector")["metrics"]["val"],
     }
+    if config.val_proposals:
+        report["proposals_val"] = read_manifest(val_proposals)["metrics"]
+        report["wsod_val"] = _score(config.val, wsod / train_wsod.VAL_DETECTIONS_NAME)
     if config.supervised:
         _retrain(config, recipe, config.output / "supervised", annotations=None)
         report["supervised"] = read_manifest(config.output / "supervised")["metrics"]["val"]
@@ -119,7 +123,7 @@ def _proposals(config: RunConfig, recipe: ChainRecipe) -> tuple[Path, Path]:
     base = config.output if config.proposals is None else config.proposals
     folders = base / "proposals_train", base / "proposals_val"
     if config.proposals is not None:
-        for folder in folders:
+        for folder in folders[: 1 + config.val_proposals]:
             read_manifest(folder)
         return folders
     classifier = config.output / "classifier" if config.classifier is None else config.classifier
@@ -135,10 +139,8 @@ def _proposals(config: RunConfig, recipe: ChainRecipe) -> tuple[Path, Path]:
             )
         )
     predicted: ProposalRecipe = replace(recipe.proposals, tags="predicted")
-    for folder, data, settings in (
-        (folders[0], config.data, recipe.proposals),
-        (folders[1], config.val, predicted),
-    ):
+    wanted = [(folders[0], config.data, recipe.proposals), (folders[1], config.val, predicted)]
+    for folder, data, settings in wanted[: 1 + config.val_proposals]:
         generate_proposals(
             GenerateProposalsConfig(
                 output=folder,
