@@ -191,12 +191,20 @@ Parameters = DetectorParameters | VitClassifierParameters | SamParameters | Clus
 # ---------------------------------------------------------------------------------------------
 
 
-def _image_input(image_size: int, frame: str) -> TensorSpec:
+def _tensor(
+    name: str, dtype: str, shape: tuple[int, ...], description: str, *, optional: bool = False
+) -> TensorSpec:
     return TensorSpec(
-        name="image",
-        dtype="UINT8",
-        shape=(image_size, image_size, 3),
-        description=f"RGB pixels in [0, 255], {frame}; normalisation is inside the model",
+        name=name, dtype=dtype, shape=shape, description=description, optional=optional
+    )
+
+
+def _image_input(image_size: int, frame: str) -> TensorSpec:
+    return _tensor(
+        "image",
+        "UINT8",
+        (image_size, image_size, 3),
+        f"RGB pixels in [0, 255], {frame}; normalisation is inside the model",
     )
 
 
@@ -208,24 +216,9 @@ def detector_contract(parameters: DetectorParameters) -> ModelContract:
         description="Detection candidates of letterboxed images, before suppression.",
         inputs=(_image_input(parameters.image_size, "top-left aligned, padded with zeros"),),
         outputs=(
-            TensorSpec(
-                name="boxes",
-                dtype="FP32",
-                shape=(candidates, 4),
-                description="XYXY in pixels of the model frame",
-            ),
-            TensorSpec(
-                name="scores",
-                dtype="FP32",
-                shape=(candidates,),
-                description="class probability in [0, 1], descending",
-            ),
-            TensorSpec(
-                name="labels",
-                dtype="INT32",
-                shape=(candidates,),
-                description="0-based class, without background",
-            ),
+            _tensor("boxes", "FP32", (candidates, 4), "XYXY in pixels of the model frame"),
+            _tensor("scores", "FP32", (candidates,), "class probability in [0, 1], descending"),
+            _tensor("labels", "INT32", (candidates,), "0-based class, without background"),
         ),
         max_batch_size=8,
     )
@@ -240,29 +233,24 @@ def vit_classifier_contract(parameters: VitClassifierParameters) -> ModelContrac
         description="Image-level logits and the maps that point prompts come from.",
         inputs=(_image_input(parameters.image_size, "both sides scaled to the model's"),),
         outputs=(
-            TensorSpec(
-                name="logits",
-                dtype="FP32",
-                shape=(num_classes,),
-                description="class-token logits; a class counts as present above -0.5",
+            _tensor(
+                "logits",
+                "FP32",
+                (num_classes,),
+                "class-token logits; a class counts as present above -0.5",
             ),
-            TensorSpec(
-                name="coarse_maps",
-                dtype="FP32",
-                shape=class_maps,
-                description="class activation maps, at least 0",
+            _tensor("coarse_maps", "FP32", class_maps, "class activation maps, at least 0"),
+            _tensor(
+                "fine_maps",
+                "FP32",
+                class_maps,
+                "class activation maps refined by patch attention, at least 0",
             ),
-            TensorSpec(
-                name="fine_maps",
-                dtype="FP32",
-                shape=class_maps,
-                description="class activation maps refined by patch attention, at least 0",
-            ),
-            TensorSpec(
-                name="cross_maps",
-                dtype="FP32",
-                shape=(parameters.num_cross_maps, *class_maps),
-                description="class-to-patch attention of each chosen layer and head",
+            _tensor(
+                "cross_maps",
+                "FP32",
+                (parameters.num_cross_maps, *class_maps),
+                "class-to-patch attention of each chosen layer and head",
             ),
         ),
         max_batch_size=8,
@@ -276,50 +264,22 @@ def prompt_clustering_contract(parameters: ClusteringParameters) -> ModelContrac
         name=PROMPT_CLUSTERING,
         description="Activation maps of one image to point prompts.",
         inputs=(
-            TensorSpec(
-                name="coarse_maps",
-                dtype="FP32",
-                shape=(-1, -1, -1),
-                description="[classes, h, w], summed over test-time passes, not normalised",
+            _tensor(
+                "coarse_maps",
+                "FP32",
+                (-1, -1, -1),
+                "[classes, h, w], summed over test-time passes, not normalised",
             ),
-            TensorSpec(
-                name="fine_maps", dtype="FP32", shape=(-1, -1, -1), description="as coarse_maps"
-            ),
-            TensorSpec(
-                name="cross_maps",
-                dtype="FP32",
-                shape=(-1, -1, -1, -1),
-                description="[layers and heads, classes, h, w]",
-            ),
-            TensorSpec(
-                name="class_ids", dtype="INT32", shape=(-1,), description="class of each map"
-            ),
-            TensorSpec(
-                name="image_size",
-                dtype="INT32",
-                shape=(2,),
-                description="(height, width) of the original image",
-            ),
+            _tensor("fine_maps", "FP32", (-1, -1, -1), "as coarse_maps"),
+            _tensor("cross_maps", "FP32", (-1, -1, -1, -1), "[layers and heads, classes, h, w]"),
+            _tensor("class_ids", "INT32", (-1,), "class of each map"),
+            _tensor("image_size", "INT32", (2,), "(height, width) of the original image"),
         ),
         outputs=(
-            TensorSpec(
-                name="points",
-                dtype="FP32",
-                shape=(-1, 2),
-                description="(x, y) in pixels of the original image",
-            ),
-            TensorSpec(
-                name="scores", dtype="FP32", shape=(-1,), description="activation in [0, 1]"
-            ),
-            TensorSpec(
-                name="class_ids", dtype="INT32", shape=(-1,), description="class, -1 for cross"
-            ),
-            TensorSpec(
-                name="sources",
-                dtype="INT32",
-                shape=(-1,),
-                description="PromptSource: 1 coarse, 2 fine, 3 cross",
-            ),
+            _tensor("points", "FP32", (-1, 2), "(x, y) in pixels of the original image"),
+            _tensor("scores", "FP32", (-1,), "activation in [0, 1]"),
+            _tensor("class_ids", "INT32", (-1,), "class, -1 for cross"),
+            _tensor("sources", "INT32", (-1,), "PromptSource: 1 coarse, 2 fine, 3 cross"),
         ),
         max_batch_size=0,
     )
@@ -332,11 +292,8 @@ def sam_image_encoder_contract(parameters: SamParameters) -> ModelContract:
         description="SAM's image embedding; the expensive half, once per image.",
         inputs=(
             _image_input(parameters.image_size, "top-left aligned; padding is ignored"),
-            TensorSpec(
-                name="valid_size",
-                dtype="INT32",
-                shape=(2,),
-                description="(height, width) of the image inside the model frame",
+            _tensor(
+                "valid_size", "INT32", (2,), "(height, width) of the image inside the model frame"
             ),
         ),
         outputs=(_embedding_spec(parameters, ()),),
@@ -356,37 +313,32 @@ def sam_mask_decoder_contract(parameters: SamParameters) -> ModelContract:
         description="Masks from image embeddings and packed prompts.",
         inputs=(
             _embedding_spec(parameters, (-1,)),
-            TensorSpec(
-                name="image_index",
-                dtype="INT32",
-                shape=(-1,),
-                description="[prompts], the image of each prompt",
+            _tensor("image_index", "INT32", (-1,), "[prompts], the image of each prompt"),
+            _tensor(
+                "point_coords",
+                "FP32",
+                (-1, -1, 2),
+                "[prompts, points, 2], (x, y) in the model frame",
             ),
-            TensorSpec(
-                name="point_coords",
-                dtype="FP32",
-                shape=(-1, -1, 2),
-                description="[prompts, points, 2], (x, y) in the model frame",
-            ),
-            TensorSpec(
-                name="point_labels",
-                dtype="INT32",
-                shape=(-1, -1),
-                description="1 object, 0 background, -1 padding, 2 and 3 the corners of a box",
+            _tensor(
+                "point_labels",
+                "INT32",
+                (-1, -1),
+                "1 object, 0 background, -1 padding, 2 and 3 the corners of a box",
             ),
         ),
         outputs=(
-            TensorSpec(
-                name="low_res_logits",
-                dtype="FP32",
-                shape=(-1, NUM_MASK_TOKENS, mask_size, mask_size),
-                description="mask logits over the model frame; above 0 is inside",
+            _tensor(
+                "low_res_logits",
+                "FP32",
+                (-1, NUM_MASK_TOKENS, mask_size, mask_size),
+                "mask logits over the model frame; above 0 is inside",
             ),
-            TensorSpec(
-                name="iou_predictions",
-                dtype="FP32",
-                shape=(-1, NUM_MASK_TOKENS),
-                description="SAM's own estimate of each mask's IoU",
+            _tensor(
+                "iou_predictions",
+                "FP32",
+                (-1, NUM_MASK_TOKENS),
+                "SAM's own estimate of each mask's IoU",
             ),
         ),
         max_batch_size=0,
@@ -395,11 +347,11 @@ def sam_mask_decoder_contract(parameters: SamParameters) -> ModelContract:
 
 def _embedding_spec(parameters: SamParameters, leading: tuple[int, ...]) -> TensorSpec:
     side = parameters.embedding_size
-    return TensorSpec(
-        name="image_embeddings",
-        dtype="FP32",
-        shape=(*leading, parameters.embedding_dim, side, side),
-        description="SAM's image embeddings",
+    return _tensor(
+        "image_embeddings",
+        "FP32",
+        (*leading, parameters.embedding_dim, side, side),
+        "SAM's image embeddings",
     )
 
 
@@ -407,17 +359,14 @@ def _embedding_spec(parameters: SamParameters, leading: tuple[int, ...]) -> Tens
 # Pipeline models: what clients call. One image a request.
 # ---------------------------------------------------------------------------------------------
 
-_ENCODED_IMAGE = TensorSpec(
-    name="image",
-    dtype="BYTES",
-    shape=(1,),
-    description="one JPEG, PNG or WebP file's bytes; EXIF orientation is applied",
+_ENCODED_IMAGE = _tensor(
+    "image", "BYTES", (1,), "one JPEG, PNG or WebP file's bytes; EXIF orientation is applied"
 )
-_IMAGE_SIZE = TensorSpec(
-    name="image_size",
-    dtype="INT32",
-    shape=(2,),
-    description="(height, width) of the upright image that boxes and masks refer to",
+_IMAGE_SIZE = _tensor(
+    "image_size",
+    "INT32",
+    (2,),
+    "(height, width) of the upright image that boxes and masks refer to",
 )
 
 WEAKSAM_DETECT = ModelContract(
@@ -425,38 +374,22 @@ WEAKSAM_DETECT = ModelContract(
     description="Image bytes to boxes, labels, scores and, if asked for, masks.",
     inputs=(
         _ENCODED_IMAGE,
-        TensorSpec(
-            name="score_thresh",
-            dtype="FP32",
-            shape=(1,),
-            description="lowest score to return, in [0, 1]",
-            optional=True,
+        _tensor("score_thresh", "FP32", (1,), "lowest score to return, in [0, 1]", optional=True),
+        _tensor(
+            "max_detections", "INT32", (1,), "most detections to return, at least 1", optional=True
         ),
-        TensorSpec(
-            name="max_detections",
-            dtype="INT32",
-            shape=(1,),
-            description="most detections to return, at least 1",
-            optional=True,
-        ),
-        TensorSpec(
-            name="with_masks",
-            dtype="BOOL",
-            shape=(1,),
-            description="also prompt SAM with every box",
-            optional=True,
-        ),
+        _tensor("with_masks", "BOOL", (1,), "also prompt SAM with every box", optional=True),
     ),
     outputs=(
-        TensorSpec(name="boxes", dtype="FP32", shape=(-1, 4), description="XYXY in pixels"),
-        TensorSpec(name="scores", dtype="FP32", shape=(-1,), description="in [0, 1], best first"),
-        TensorSpec(name="labels", dtype="INT32", shape=(-1,), description="0-based class"),
-        TensorSpec(name="label_names", dtype="BYTES", shape=(-1,), description="class name, UTF-8"),
-        TensorSpec(
-            name="mask_counts",
-            dtype="BYTES",
-            shape=(-1,),
-            description="COCO RLE counts of each mask; no elements unless with_masks",
+        _tensor("boxes", "FP32", (-1, 4), "XYXY in pixels"),
+        _tensor("scores", "FP32", (-1,), "in [0, 1], best first"),
+        _tensor("labels", "INT32", (-1,), "0-based class"),
+        _tensor("label_names", "BYTES", (-1,), "class name, UTF-8"),
+        _tensor(
+            "mask_counts",
+            "BYTES",
+            (-1,),
+            "COCO RLE counts of each mask; no elements unless with_masks",
         ),
         _IMAGE_SIZE,
     ),
@@ -468,26 +401,19 @@ WEAKSAM_PROPOSE = ModelContract(
     description="Image bytes and, if known, tags to class-agnostic proposals.",
     inputs=(
         _ENCODED_IMAGE,
-        TensorSpec(
-            name="tags",
-            dtype="BYTES",
-            shape=(-1,),
-            description="class names in the image, UTF-8; left out: the classifier decides",
+        _tensor(
+            "tags",
+            "BYTES",
+            (-1,),
+            "class names in the image, UTF-8; left out: the classifier decides",
             optional=True,
         ),
     ),
     outputs=(
-        TensorSpec(name="boxes", dtype="FP32", shape=(-1, 4), description="XYXY in pixels"),
-        TensorSpec(name="scores", dtype="FP32", shape=(-1,), description="SAM's predicted IoU"),
-        TensorSpec(
-            name="sources",
-            dtype="INT32",
-            shape=(-1,),
-            description="PromptSource: 0 grid, 1 coarse, 2 fine, 3 cross",
-        ),
-        TensorSpec(
-            name="used_tags", dtype="BYTES", shape=(-1,), description="tags given or predicted"
-        ),
+        _tensor("boxes", "FP32", (-1, 4), "XYXY in pixels"),
+        _tensor("scores", "FP32", (-1,), "SAM's predicted IoU"),
+        _tensor("sources", "INT32", (-1,), "PromptSource: 0 grid, 1 coarse, 2 fine, 3 cross"),
+        _tensor("used_tags", "BYTES", (-1,), "tags given or predicted"),
         _IMAGE_SIZE,
     ),
     max_batch_size=8,
@@ -498,59 +424,45 @@ WEAKSAM_SEGMENT = ModelContract(
     description="Image bytes and points or boxes to masks.",
     inputs=(
         _ENCODED_IMAGE,
-        TensorSpec(
-            name="point_coords",
-            dtype="FP32",
-            shape=(-1, -1, 2),
-            description="[prompts, points, 2], (x, y) in pixels of the upright image",
+        _tensor(
+            "point_coords",
+            "FP32",
+            (-1, -1, 2),
+            "[prompts, points, 2], (x, y) in pixels of the upright image",
             optional=True,
         ),
-        TensorSpec(
-            name="point_labels",
-            dtype="INT32",
-            shape=(-1, -1),
-            description="[prompts, points], 1 object, 0 background",
+        _tensor(
+            "point_labels",
+            "INT32",
+            (-1, -1),
+            "[prompts, points], 1 object, 0 background",
             optional=True,
         ),
-        TensorSpec(
-            name="boxes",
-            dtype="FP32",
-            shape=(-1, 4),
-            description="[prompts, 4], XYXY in pixels; with points: one box for each prompt",
+        _tensor(
+            "boxes",
+            "FP32",
+            (-1, 4),
+            "[prompts, 4], XYXY in pixels; with points: one box for each prompt",
             optional=True,
         ),
-        TensorSpec(
-            name="multimask",
-            dtype="BOOL",
-            shape=(1,),
-            description="three masks for each prompt instead of one",
-            optional=True,
+        _tensor(
+            "multimask", "BOOL", (1,), "three masks for each prompt instead of one", optional=True
         ),
     ),
     outputs=(
-        TensorSpec(
-            name="mask_counts",
-            dtype="BYTES",
-            shape=(-1, -1),
-            description="[prompts, masks], COCO RLE counts",
+        _tensor("mask_counts", "BYTES", (-1, -1), "[prompts, masks], COCO RLE counts"),
+        _tensor(
+            "boxes",
+            "FP32",
+            (-1, -1, 4),
+            "[prompts, masks, 4], XYXY around each mask; zeros for an empty one",
         ),
-        TensorSpec(
-            name="boxes",
-            dtype="FP32",
-            shape=(-1, -1, 4),
-            description="[prompts, masks, 4], XYXY around each mask; zeros for an empty one",
-        ),
-        TensorSpec(
-            name="scores",
-            dtype="FP32",
-            shape=(-1, -1),
-            description="[prompts, masks], SAM's predicted IoU",
-        ),
-        TensorSpec(
-            name="stability_scores",
-            dtype="FP32",
-            shape=(-1, -1),
-            description="[prompts, masks], IoU between a stricter and a looser threshold",
+        _tensor("scores", "FP32", (-1, -1), "[prompts, masks], SAM's predicted IoU"),
+        _tensor(
+            "stability_scores",
+            "FP32",
+            (-1, -1),
+            "[prompts, masks], IoU between a stricter and a looser threshold",
         ),
         _IMAGE_SIZE,
     ),
