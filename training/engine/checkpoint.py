@@ -118,12 +118,23 @@ def load_checkpoint(
         for index, entries in metadata["optimizer_scalars"].items():
             state.setdefault(int(index), {}).update(entries)
         optimizer.load_state_dict({"state": state, "param_groups": metadata["param_groups"]})
+        _match_memory_formats_(optimizer)
         torch.set_rng_state(tensors[_RNG])
     except (KeyError, RuntimeError, ValueError) as error:
         raise ArtifactError(
             f"{path} does not fit this model: {error}; delete it to start again"
         ) from error
     return int(metadata["step"]), metadata["extra"]
+
+
+def _match_memory_formats_(optimizer: Optimizer) -> None:
+    """Lay the optimiser's tensors out like their parameters: fused steps pair them by position in
+    memory, and files hold the plain layout.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -58,3 +58,28 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         load_checkpoint(
             path, modules={"model": other}, optimizer=torch.optim.AdamW(other.parameters())
         )
+
+
+def test_a_channels_last_model_with_a_fused_optimiser_resumes_exactly(tmp_path):
+    def _new_convolution():
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def _steps(model, optimizer, seeds):
+        for seed in seeds:
+            images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            model(images).square().mean().backward()
+            optimizer.step()
+
+    undisturbed, optimizer = _new_convolution()
+    _steps(undisturbed, optimizer, range(6))
+    model, optimizer = _new_convolution()
+    _steps(model, optimizer, range(3))
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, modules={"model": model}, optimizer=optimizer, step=3)
+    model, optimizer = _new_convolution()
+    load_checkpoint(path, modules={"model": model}, optimizer=optimizer)
+    _steps(model, optimizer, range(3, 6))
+    assert torch.equal(model.weight, undisturbed.weight)
