@@ -79,6 +79,15 @@ def test_options_become_arguments(tmp_path):
         assert argument in command
 
 
+def test_memory_of_images_is_kept_unless_the_caller_says_otherwise(monkeypatch):
+    pytest.importorskip("pytriton", reason="nvidia-pytriton is not installed")
+    installation = weaksam_rt.server._find_installation()
+    environment = weaksam_rt.server._environment(installation)
+    assert int(environment["MALLOC_TRIM_THRESHOLD_"]) >= 640 * 480 * 3
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    assert weaksam_rt.server._environment(installation)["MALLOC_TRIM_THRESHOLD_"] == "1"
+
+
 def test_the_reason_of_a_failed_start_is_found_in_the_log():
     log = (
         'I1122 14:44:09.9 1 model.cc:1] "loading"\n'
