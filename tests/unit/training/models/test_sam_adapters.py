@@ -1,7 +1,4 @@
-from pathlib import Path
-
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from segment_anything import SamPredictor
@@ -134,60 +131,3 @@ def test_outputs_fit_the_served_contracts() -> None:
     first.check_outputs({"image_embeddings": embeddings.numpy()})
     second.check_inputs({k: v.numpy() for k, v in prompts.items()})
     second.check_outputs({k: v.numpy() for k, v in masks.items()})
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", TOYS)
-def test_both_modules_export_and_agree_at_every_size(name: str, tmp_path: Path) -> None:
-    sam = toy(name)
-    encoder, decoder = SamImageEncoderAdapter(sam).eval(), SamMaskDecoderAdapter(sam).eval()
-    batch, images, prompts, points = (torch.export.Dim(n) for n in ("b", "i", "p", "n"))
-    encoder_path, decoder_path = tmp_path / "encoder.onnx", tmp_path / "decoder.onnx"
-    generator = torch.Generator().manual_seed(0)
-
-    def image_inputs(b: int) -> tuple[torch.Tensor, ...]:
-        pixels = torch.randint(0, 256, (b, 64, 64, 3), dtype=torch.uint8, generator=generator)
-        return pixels, torch.randint(8, 65, (b, 2), dtype=torch.int32, generator=generator)
-
-    def prompt_inputs(i: int, p: int, n: int) -> tuple[torch.Tensor, ...]:
-        return (
-            torch.randn(i, 32, *(2 * [TOYS[name].embedding_size]), generator=generator),
-            torch.randint(0, i, (p,), dtype=torch.int32, generator=generator),
-            torch.rand(p, n, 2, generator=generator) * 64,
-            torch.randint(-1, 4, (p, n), dtype=torch.int32, generator=generator),
-        )
-
-    torch.onnx.export(
-        encoder,
-        image_inputs(2),
-        encoder_path,
-        dynamo=True,
-        input_names=["image", "valid_size"],
-        dynamic_shapes=({0: batch}, {0: batch}),
-    )
-    torch.onnx.export(
-        decoder,
-        prompt_inputs(2, 5, 3),
-        decoder_path,
-        dynamo=True,
-        input_names=["image_embeddings", "image_index", "point_coords", "point_labels"],
-        dynamic_shapes=(
-            {0: images},
-            {0: prompts},
-            {0: prompts, 1: points},
-            {0: prompts, 1: points},
-        ),
-    )
-    cases = [(encoder_path, encoder, image_inputs(b)) for b in (1, 2, 5)]
-    sizes = [(1, 1, 2), (2, 7, 2), (3, 4, 5)]
-    cases += [(decoder_path, decoder, prompt_inputs(*size)) for size in sizes]
-    for path, module, inputs in cases:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        names = [i.name for i in session.get_inputs()]
-        feed = dict(zip(names, (x.numpy() for x in inputs), strict=True))
-        with torch.no_grad():
-            expected = module(*inputs)
-        expected = (expected,) if isinstance(expected, torch.Tensor) else expected
-        for found, wanted in zip(session.run(None, feed), expected, strict=True):
-            np.testing.assert_allclose(found, wanted, atol=2e-4)
