@@ -26,6 +26,7 @@ from training.generate_proposals import (
     generate_proposals,
 )
 from training.recipes import RECIPES, ChainRecipe
+from training.relabel import RelabelConfig, relabel
 from training.train_classifier import WEIGHTS_NAME, TrainClassifierConfig, train_classifier
 from weaksam_rt.files import write_json
 
@@ -58,6 +59,9 @@ class RunConfig:
     val_proposals: bool = True
     """Also make proposals for the validation images, with predicted tags, and evaluate the
     multiple-instance detector on them."""
+    rounds: int = 1
+    """Times a detector is trained, at least 1; after the first, on pseudo boxes that the one before
+    gave the training images."""
     supervised: bool = False
     """Also train the same detector on the true boxes: the upper bound."""
     num_threads: int = 2
@@ -87,24 +91,20 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
             recipe=recipe.wsod,
         )
     )
-    labels = config.output / "pseudo_labels"
-    generate_pseudo_labels.main(
-        generate_pseudo_labels.PseudoLabelConfig(
-            data=config.data,
-            detections=wsod / train_wsod.DETECTIONS_NAME,
-            output=labels,
-            recipe=recipe.pseudo_labels,
-        )
-    )
-    pseudo = labels / generate_pseudo_labels.ANNOTATIONS_NAME
-    _retrain(config, recipe, config.output / "detector", annotations=pseudo)
+    detections = wsod / train_wsod.DETECTIONS_NAME
+    rounds = []
+    for number in range(1, config.rounds + 1):
+        rounds.append(_round(config, recipe, detections, "" if number == 1 else f"_{number}"))
+        if number < config.rounds:
+            detections = _relabel(config, rounds[-1].detector, f"_{number + 1}")
     report = {
         "recipe": config.recipe,
         "seed": config.seed,
         "proposals_train": read_manifest(train_proposals)["metrics"],
         "wsod_train": _score(config.data, wsod / train_wsod.DETECTIONS_NAME),
-        "pseudo_labels": read_manifest(labels)["metrics"],
-        "detector": read_manifest(config.output / "detector")["metrics"]["val"],
+        "pseudo_labels": [read_manifest(r.pseudo_labels)["metrics"] for r in rounds],
+        "detectors": [read_manifest(r.detector)["metrics"]["val"] for r in rounds],
+        "detector": read_manifest(rounds[-1].detector)["metrics"]["val"],
     }
     if config.val_proposals:
         report["proposals_val"] = read_manifest(val_proposals)["metrics"]
@@ -116,6 +116,41 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
         report["ap50_of_supervised"] = ratio
     write_json(config.output / "summary.json", report)
     return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Round:
+    """Folders of one round's stages."""
+
+    pseudo_labels: Path
+    detector: Path
+
+
+def _round(config: RunConfig, recipe: ChainRecipe, detections: Path, suffix: str) -> _Round:
+    """Choose pseudo boxes from ``detections`` on the training images and train a detector."""
+    folders = _Round(
+        pseudo_labels=config.output / f"pseudo_labels{suffix}",
+        detector=config.output / f"detector{suffix}",
+    )
+    generate_pseudo_labels.main(
+        generate_pseudo_labels.PseudoLabelConfig(
+            data=config.data,
+            detections=detections,
+            output=folders.pseudo_labels,
+            recipe=recipe.pseudo_labels,
+        )
+    )
+    annotations = folders.pseudo_labels / generate_pseudo_labels.ANNOTATIONS_NAME
+    _retrain(config, recipe, folders.detector, annotations)
+    return folders
+
+
+def _relabel(config: RunConfig, detector: Path, suffix: str) -> Path:
+    """Detections of a finished detector on the training images."""
+    output = config.output / f"relabel{suffix}"
+    weights = detector / retrain_detector.WEIGHTS_NAME
+    relabel(RelabelConfig(data=config.data, detector=weights, output=output))
+    return output / retrain_detector.DETECTIONS_NAME
 
 
 def _proposals(config: RunConfig, recipe: ChainRecipe) -> tuple[Path, Path]:

@@ -60,6 +60,7 @@ def finished(tmp_path_factory):
         output=root / "run",
         sam=root / "sam.safetensors",
         trunk_weights=_TRUNK,
+        rounds=2,
         supervised=True,
     )
     return config, run(config, _tiny_recipe())
@@ -70,8 +71,10 @@ def test_every_stage_reports_its_figures(finished):
     for key in ("wsod_val", "detector", "supervised"):
         assert 0 <= report[key]["voc_ap50"] <= 1
     assert report["ap50_of_supervised"] >= 0
+    assert report["detector"] == report["detectors"][1]
     assert (config.output / "summary.json").is_file()
-    assert (config.output / "detector" / "detector.safetensors").is_file()
+    for stage in ("detector", "detector_2"):
+        assert (config.output / stage / "detector.safetensors").is_file()
 
 
 def test_finished_stages_are_skipped(finished):
