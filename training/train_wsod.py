@@ -143,7 +143,7 @@ def main(config: TrainWsodConfig) -> None:
 def load_samples(
     folder: CocoFolder, proposals: Path, trunk: SqueezeNetFeatures, recipe: WsodRecipe
 ) -> list[WsodSample]:
-    """All images that have a usable proposal, with their descriptions: about 6 kB a proposal."""
+    """All images that have a usable proposal, with their descriptions: about 12 kB a proposal."""
     describer = RoiDescriber(trunk).to(memory_format=torch.channels_last).eval()
     found = read_proposals(proposals, folder=folder)
     samples = [

@@ -4,6 +4,7 @@ and what is around it; small heads learn on these descriptions.
 The trunk is pretrained and never trained here, so an image's proposals are described once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,8 @@ from training.models.roi_pooling import ROI_SIZE, pool_rois
 from training.models.squeezenet import PIXEL_MEAN, PIXEL_STD, SqueezeNetFeatures
 from training.wsod.mil_head import MilHead
 
-ROI_STRIDE = 16
-"""Pixels per cell of the map that proposals are described from."""
+STRIDES = (8, 16)
+"""Pixels per cell of the maps that proposals are described from: shape and class."""
 _FRAME_CELLS = 1
 """Cells on each side of a pooled, enlarged box that lie around the box itself."""
 
@@ -35,8 +36,10 @@ class WsodDetectorConfig:
     """OICR branches."""
 
     def __post_init__(self) -> None:
-        if self.image_size % ROI_STRIDE:
-            raise ValueError(f"image_size must be a multiple of {ROI_STRIDE}: {self.image_size}")
+        if self.image_size % max(STRIDES):
+            raise ValueError(
+                f"image_size must be a multiple of {max(STRIDES)}, got {self.image_size}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +86,14 @@ class RoiDescriber(nn.Module):
         self, image: Float[Tensor, "1 3 s s"], boxes: Float[Tensor, "n 4"]
     ) -> RoiDescriptions:
         """Describe boxes (XYXY, model frame) of one image (RGB in [0, 255])."""
-        features = self.trunk((image - self.pixel_mean) / self.pixel_std).stride16.float()
-        return describe_rois(features, boxes)
+        pyramid = self.trunk((image - self.pixel_mean) / self.pixel_std)
+        maps = (pyramid.stride8.float(), pyramid.stride16.float())
+        return concatenate(
+            [
+                describe_rois(features, boxes, stride=stride)
+                for features, stride in zip(maps, STRIDES, strict=True)
+            ]
+        )
 
 
 class WsodHead(nn.Module):
@@ -100,7 +109,7 @@ class WsodHead(nn.Module):
 
     def __init__(self, config: WsodDetectorConfig, num_classes: int) -> None:
         super().__init__()
-        num_features = SqueezeNetFeatures.out_channels[2]
+        num_features = sum(SqueezeNetFeatures.out_channels[1:])
         self.mil = MilHead(num_features, num_classes)
         self.hidden = nn.Sequential(
             nn.Linear(3 * num_features, config.head_width),
@@ -113,11 +122,8 @@ class WsodHead(nn.Module):
 
     def forward(self, rois: RoiDescriptions) -> WsodOutputs:
         """Answers for the proposals of one image, at least one."""
-        inside, most, around = (
-            functional.layer_norm(part.float(), part.shape[-1:])
-            for part in (rois.mean_inside, rois.max_inside, rois.mean_around)
-        )
-        hidden = self.hidden(torch.cat([inside, most, around], dim=1))
+        inside, around = rois.mean_inside.float(), rois.mean_around.float()
+        hidden = self.hidden(torch.cat([inside, rois.max_inside.float(), around], dim=1))
         return WsodOutputs(
             mil_scores=self.mil(inside, around),
             refinement_logits=[branch(hidden) for branch in self.refinements],
@@ -133,16 +139,31 @@ def enlarge(boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
 
 
 def describe_rois(
-    features: Float[Tensor, "1 d h w"], boxes: Float[Tensor, "n 4"]
+    features: Float[Tensor, "1 d h w"], boxes: Float[Tensor, "n 4"], *, stride: int
 ) -> RoiDescriptions:
-    """Summaries of a map at ``ROI_STRIDE`` inside and around boxes (XYXY, model frame)."""
-    pooled = pool_rois(features, enlarge(boxes)[None], stride=ROI_STRIDE)[0]  # [n, 7, 7, d]
+    """Summaries of a map inside and around boxes (XYXY, model frame), each normalised over its
+    channels.
+    """
+    pooled = pool_rois(features, enlarge(boxes)[None], stride=stride)[0]  # [n, 7, 7, d]
     inner = slice(_FRAME_CELLS, ROI_SIZE - _FRAME_CELLS)
     inside = pooled[:, inner, inner].flatten(1, 2)  # [n, 25, d]
     num_around = ROI_SIZE**2 - inside.shape[1]
     around = (pooled.sum(dim=(1, 2)) - inside.sum(dim=1)) / num_around
     return RoiDescriptions(
-        mean_inside=inside.mean(dim=1).bfloat16(),
-        max_inside=inside.amax(dim=1).bfloat16(),
-        mean_around=around.bfloat16(),
+        mean_inside=_normalised(inside.mean(dim=1)),
+        max_inside=_normalised(inside.amax(dim=1)),
+        mean_around=_normalised(around),
     )
+
+
+def concatenate(parts: Sequence[RoiDescriptions]) -> RoiDescriptions:
+    """Descriptions of the same boxes from several maps, side by side."""
+    return RoiDescriptions(
+        mean_inside=torch.cat([part.mean_inside for part in parts], dim=1),
+        max_inside=torch.cat([part.max_inside for part in parts], dim=1),
+        mean_around=torch.cat([part.mean_around for part in parts], dim=1),
+    )
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return functional.layer_norm(x, x.shape[-1:]).bfloat16()

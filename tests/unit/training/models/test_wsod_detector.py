@@ -17,7 +17,7 @@ _TOY = WsodDetectorConfig(image_size=64, head_width=16)
 
 def _descriptions(num_rois, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    parts = [torch.rand(num_rois, 512, generator=generator) for _ in range(3)]
+    parts = [torch.rand(num_rois, 1024, generator=generator) for _ in range(3)]
     return RoiDescriptions(mean_inside=parts[0], max_inside=parts[1], mean_around=parts[2])
 
 
@@ -26,14 +26,33 @@ def test_an_enlarged_box_has_the_box_in_its_inner_five_sevenths():
 
 
 def test_descriptions_tell_inside_from_around():
-    features = torch.zeros(1, 512, 4, 4)
-    features[0, 0, 1:3, 1:3] = 1.0
+    features = torch.zeros(1, 2, 4, 4)
+    features[0, 0] = 1.0  # channel 0 everywhere outside, channel 1 in the middle
+    features[0, :, 1:3, 1:3] = torch.tensor([0.0, 1.0])[:, None, None]
     boxes = torch.tensor([[24.0, 24.0, 40.0, 40.0], [0.0, 0.0, 64.0, 64.0]])
-    rois = describe_rois(features, boxes)
-    assert rois.mean_inside[0, 0] > 0.9
-    assert rois.mean_around[0, 0] < rois.mean_inside[0, 0]
-    assert rois.mean_around[1, 0] < rois.mean_inside[1, 0] < 0.5
-    assert rois.max_inside[1, 0] == 1.0
+    rois = describe_rois(features, boxes, stride=16)
+    is_middle = [
+        [part[i, 1] > part[i, 0] for i in (0, 1)] for part in (rois.mean_inside, rois.mean_around)
+    ]
+    assert is_middle == [[True, False], [True, False]]
+    tiny = describe_rois(features, torch.tensor([[16.0, 16.0, 48.0, 48.0]]), stride=16)
+    assert tiny.mean_inside[0, 1] > tiny.mean_around[0, 1]
+
+
+def test_a_description_does_not_depend_on_the_contrast():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(1, 32, 4, 4, generator=generator)
+    boxes = torch.tensor([[8.0, 8.0, 40.0, 56.0]])
+    first = describe_rois(features, boxes, stride=16).mean_inside.float()
+    second = describe_rois(100 * features, boxes, stride=16).mean_inside.float()
+    torch.testing.assert_close(first, second, atol=0.05, rtol=0.05)
+
+
+def test_both_maps_of_the_trunk_are_described():
+    torch.manual_seed(0)
+    describer = RoiDescriber(SqueezeNetFeatures()).eval()
+    rois = describer(torch.rand(1, 3, 64, 64) * 255, torch.tensor([[8.0, 8.0, 40.0, 56.0]]))
+    assert rois.mean_inside.shape == rois.max_inside.shape == rois.mean_around.shape == (1, 1024)
 
 
 def test_the_trunk_is_frozen_and_every_other_parameter_learns():
