@@ -121,8 +121,9 @@ def _crop_to_valid(low_res_logits: NDArray[np.float32], frame: ModelFrame) -> ND
 
 
 def _first_and_last(is_inside: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    # Of one mask alone NumPy gives scalars; they are made arrays again.
     last = is_inside.shape[-1] - 1 - is_inside[..., ::-1].argmax(axis=-1)
-    return is_inside.argmax(axis=-1), last
+    return np.asarray(is_inside.argmax(axis=-1)), np.asarray(last)
 
 
 def _crossings(

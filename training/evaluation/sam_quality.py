@@ -124,7 +124,7 @@ def mask_iou(masks: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.f
     """IoU over the last two axes, in [0, 1]; 0 for two empty masks."""
     intersection = (masks & truth).sum(axis=(-2, -1))
     union = (masks | truth).sum(axis=(-2, -1))
-    return intersection / np.maximum(union, 1)
+    return np.asarray(intersection / np.maximum(union, 1))
 
 
 def report(

@@ -69,7 +69,7 @@ def test_the_disc_has_the_median_area_of_the_training_objects(folder: CocoFolder
 
 
 def test_a_disc_is_cut_at_the_border() -> None:
-    inside = disc((10, 20), np.array([0, 5], dtype=np.float32), 3)
+    inside = disc((10, 20), np.array([0, 5], dtype=np.float32), 3.0)
 
     assert inside[5, :4].all()
     assert not inside[5, 4:].any()
