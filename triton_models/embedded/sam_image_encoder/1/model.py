@@ -1,0 +1,5 @@
+"""Serves ``sam_image_encoder``."""
+
+from weaksam_rt.serving.engine_model import EngineModel as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

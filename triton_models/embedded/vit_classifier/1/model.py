@@ -1,0 +1,5 @@
+"""Serves ``vit_classifier``."""
+
+from weaksam_rt.serving.engine_model import EngineModel as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
