@@ -20,6 +20,7 @@ def merge_data(
     *,
     classes: tuple[str, ...],
     exclude: tuple[Path, ...] = (),
+    negatives: bool = False,
 ) -> None:
     """Link the images that contain one of ``classes`` and write their annotations.
 
@@ -29,6 +30,8 @@ def merge_data(
         classes: Classes to keep, in this order. Each must be in at least one folder.
         exclude: Folders whose images must not be used (matched by file name), for example the
             validation images of another set that shares some.
+        negatives: Link the other images instead, those that contain none of ``classes``, for
+            ``--negatives`` of the training stages.
     """
     excluded = {record.path.name for path in exclude for record in load_coco_folder(path).records}
     loaded = [load_coco_folder(path) for path in folders]
@@ -41,7 +44,7 @@ def merge_data(
     for number, folder in enumerate(loaded):
         for record in folder.records:
             kept = _kept(record, folder, classes)
-            if not kept or record.path.name in excluded:
+            if bool(kept) == negatives or record.path.name in excluded:
                 continue
             name = f"{number}_{record.path.name}"
             link_image(record.path, output / "images" / name)

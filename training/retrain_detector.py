@@ -19,6 +19,7 @@ from torch.optim import AdamW
 
 from training.data.coco import CocoFolder, load_coco_folder
 from training.data.results import write_detections
+from training.data.sampling import epoch_order, repeat_factors
 from training.data.views import FramedImage, ViewConfig, frame_image, random_view
 from training.detect import detect_folder
 from training.engine.checkpoint import (
@@ -66,6 +67,8 @@ class DetectorRecipe:
     """Passes over the images that have boxes."""
     batch_size: int = 8
     """Images per step."""
+    repeat_thresh: float = 0.0
+    """Images of classes in a smaller share of the images than this, in [0, 1], come more often."""
     learning_rate: float = 1e-3
     """Peak rate of AdamW for the new layers."""
     trunk_rate: float = 0.1
@@ -92,6 +95,8 @@ class RetrainDetectorConfig:
     """Folder of this stage."""
     annotations: Path | None = None
     """Boxes to train on instead of the folder's own, for example pseudo boxes."""
+    negatives: Path | None = None
+    """Folder of images that show none of the classes: what a detector must stay silent on."""
     val: Path | None = None
     """Folder to evaluate on at the end."""
     trunk_weights: Path | None = None
@@ -102,14 +107,15 @@ class RetrainDetectorConfig:
 def main(config: RetrainDetectorConfig) -> None:
     """Run the stage."""
     inputs = {"data": config.data}
-    for name in ("annotations", "val", "trunk_weights"):
+    for name in ("annotations", "negatives", "val", "trunk_weights"):
         if (path := getattr(config, name)) is not None:
             inputs[name] = path
     stage = open_stage("retrain_detector", config.output, config=config.recipe, inputs=inputs)
     if stage.finished:
         return
     folder = load_coco_folder(config.data, annotations=config.annotations)
-    model = train(stage, folder, config.recipe, config.trunk_weights)
+    negatives = None if config.negatives is None else load_coco_folder(config.negatives)
+    model = train(stage, folder, config.recipe, config.trunk_weights, negatives)
     metadata = {"model": asdict(config.recipe.model), "class_names": folder.class_names}
     save_weights(stage.directory / WEIGHTS_NAME, model.state_dict(), metadata)
     outputs, metrics = [WEIGHTS_NAME], {}
@@ -139,10 +145,14 @@ def load_detector(path: Path) -> tuple[FasterRcnn, tuple[str, ...]]:
 
 
 def train(
-    stage: Stage, folder: CocoFolder, recipe: DetectorRecipe, trunk_weights: Path | None
+    stage: Stage,
+    folder: CocoFolder,
+    recipe: DetectorRecipe,
+    trunk_weights: Path | None,
+    negatives: CocoFolder | None = None,
 ) -> FasterRcnn:
     """Train from the beginning or from the checkpoint in the stage's folder; gives the model in
-    evaluation mode.
+    evaluation mode. Of ``negatives`` the images are read and no boxes.
 
     Raises:
         ValueError: No image has a box.
@@ -150,6 +160,8 @@ def train(
     images = load_framed_images(folder, recipe.model.image_size)
     if not images:
         raise ValueError(f"{folder.root}: no image has a box to train on; check the annotations")
+    if negatives is not None:
+        images += load_negatives(negatives, recipe.model.image_size)
     torch.manual_seed(recipe.seed)
     trunk = None if trunk_weights is None else load_imagenet_squeezenet(trunk_weights)
     model = FasterRcnn(recipe.model, len(folder.class_names), trunk)
@@ -194,13 +206,20 @@ def load_framed_images(folder: CocoFolder, frame_side: int) -> list[FramedImage]
     ]
 
 
+def load_negatives(folder: CocoFolder, frame_side: int) -> list[FramedImage]:
+    """All images in the model frame, without boxes."""
+    none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    return [frame_image(record.image(), *none, frame_side=frame_side) for record in folder.records]
+
+
 def batch_of_step(
     images: Sequence[FramedImage], recipe: DetectorRecipe, step: int
 ) -> list[FramedImage]:
     """The random views of one step; they depend on the seed and the step only."""
     steps_per_epoch = -(-len(images) // recipe.batch_size)
     epoch, position = divmod(step, steps_per_epoch)
-    order = np.random.default_rng((recipe.seed, epoch)).permutation(len(images))
+    factors = repeat_factors([set(image.labels.tolist()) for image in images], recipe.repeat_thresh)
+    order = epoch_order(factors, np.random.default_rng((recipe.seed, epoch)))
     chosen = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
     generator = np.random.default_rng((recipe.seed, epoch, position))
     return [random_view(images[index], recipe.view, generator) for index in chosen]

@@ -47,6 +47,9 @@ class RunConfig:
     """SAM weights: of ``training.train_sam``, or an official checkpoint."""
     trunk_weights: Path
     """ImageNet weights of SqueezeNet 1.0 for the detectors."""
+    negatives: Path | None = None
+    """Folder of images that show none of the classes; classifier and detector learn to stay silent
+    on them."""
     vit_weights: Path | None = None
     """ImageNet weights of the classifier's ViT; None trains it from the beginning."""
     classifier: Path | None = None
@@ -168,6 +171,7 @@ def _proposals(config: RunConfig, recipe: ChainRecipe) -> tuple[Path, Path]:
                 output=classifier,
                 data=config.data,
                 val=config.val,
+                negatives=config.negatives,
                 weights=config.vit_weights,
                 recipe=recipe.classifier,
                 num_threads=config.num_threads,
@@ -198,6 +202,7 @@ def _retrain(
             output=output,
             annotations=annotations,
             val=config.val,
+            negatives=config.negatives,
             trunk_weights=config.trunk_weights,
             recipe=recipe.detector,
         )

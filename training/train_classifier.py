@@ -90,6 +90,8 @@ class TrainClassifierConfig:
     """Folder with ``images/`` and ``instances.json``; only the tags are used."""
     val: Path | None = None
     """Folder to measure the tags' mean average precision on, after every epoch."""
+    negatives: Path | None = None
+    """Folder of images that show none of the classes."""
     weights: Path | None = None
     """Start from this DeiT in timm's names."""
     recipe: ClassifierRecipe = field(default_factory=ClassifierRecipe)
@@ -111,19 +113,24 @@ class TaggedImages:
 def train_classifier(config: TrainClassifierConfig) -> None:
     """Train, or go on training, and write the weights; nothing is done where they are there."""
     torch.set_num_threads(config.num_threads)
-    inputs = {"data": config.data, "val": config.val, "weights": config.weights}
+    names = ("data", "val", "negatives", "weights")
+    inputs = {name: path for name in names if (path := getattr(config, name)) is not None}
     stage = open_stage(
         "train_classifier",
         config.output,
         config=config.recipe,
-        inputs={name: path for name, path in inputs.items() if path is not None},
+        inputs=inputs,
     )
     if stage.finished:
         return
     recipe = config.recipe
     folder = load_coco_folder(config.data)
     side = recipe.model.vit.image_size
-    train = load_tagged_images(folder, math.ceil(side * recipe.cache_margin))
+    cached_side = math.ceil(side * recipe.cache_margin)
+    train = load_tagged_images(folder, cached_side)
+    if config.negatives is not None:
+        negatives = load_tagged_images(load_coco_folder(config.negatives, ()), cached_side)
+        train = with_negatives(train, negatives.images)
     if len(train.images) < recipe.batch_size:
         raise ValueError(
             f"{config.data} has {len(train.images)} images, fewer than one batch of "
@@ -168,6 +175,12 @@ def load_tagged_images(folder: CocoFolder, side: int) -> TaggedImages:
         images[row] = resize_to_square(record.image(), side)
         tags[row, list(record.tags)] = 1.0
     return TaggedImages(images=torch.from_numpy(images), tags=tags)
+
+
+def with_negatives(tagged: TaggedImages, images: Tensor) -> TaggedImages:
+    """``tagged`` and after it ``images`` [n, s, s, 3] that show none of its classes."""
+    tags = torch.cat([tagged.tags, torch.zeros(len(images), tagged.tags.shape[1])])
+    return TaggedImages(images=torch.cat([tagged.images, images]), tags=tags)
 
 
 def make_optimizer(model: WeakTr, recipe: ClassifierRecipe) -> torch.optim.AdamW:

@@ -16,8 +16,11 @@ from training.retrain_detector import (
     batch_of_step,
     load_detector,
     load_framed_images,
+    load_negatives,
     main,
+    parameter_groups,
     train,
+    train_step,
 )
 from training.retraining.faster_rcnn import FasterRcnn, FasterRcnnConfig
 from weaksam_rt.config import DetectionConfig
@@ -93,6 +96,26 @@ def test_views_depend_on_seed_and_step_only(scenes):
 def test_every_image_is_seen_once_an_epoch(scenes):
     images = load_framed_images(load_coco_folder(scenes / "train"), 64)
     assert sum(len(batch_of_step(images, _RECIPE, step)) for step in range(2)) == len(images)
+
+
+def test_images_of_background_are_learnt_from_without_boxes(scenes, tmp_path):
+    folder, other = load_coco_folder(scenes / "train"), load_coco_folder(scenes / "val")
+    assert all(len(image.boxes) == 0 for image in load_negatives(other, 64))
+    plain = train(_open(tmp_path / "a"), folder, _RECIPE, None)
+    with_background = train(_open(tmp_path / "b"), folder, _RECIPE, None, other)
+    assert not torch.equal(plain.box_head.classes.bias, with_background.box_head.classes.bias)
+
+
+def test_silence_is_learnt_from_images_of_background_alone(scenes):
+    images = load_negatives(load_coco_folder(scenes / "val"), 64)
+    torch.manual_seed(0)
+    model = FasterRcnn(_RECIPE.model, 3)
+    optimizer = torch.optim.AdamW(parameter_groups(model, _RECIPE), lr=1e-3)
+    losses = [
+        train_step(model, optimizer, images, _RECIPE, step, 40)["classification"]
+        for step in range(30)
+    ]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_detections_lie_in_the_frame_of_each_image(scenes):

@@ -96,5 +96,8 @@ def test_joined_folders_share_classes_by_name(tmp_path):
     assert folder.records[0].image().shape == (16, 16, 3)
     merge_data((first, second), tmp_path / "less", classes=("dog",), exclude=(second,))
     assert load_coco_folder(tmp_path / "less").records == ()
+    merge_data((first, second), tmp_path / "rest", classes=("dog",), negatives=True)
+    rest = load_coco_folder(tmp_path / "rest")
+    assert {r.path.name: r.tags for r in rest.records} == {"0_2.png": (), "1_7.png": ()}
     with pytest.raises(ValueError, match="no folder has the class 'zebra'"):
         merge_data((first,), tmp_path / "none", classes=("zebra",))

@@ -7,6 +7,7 @@ import torch
 
 import training.train_classifier as stage_module
 from training.data.augment import AugmentConfig, augment_images, normalize_images
+from training.data.coco import load_coco_folder
 from training.data.scenes import SceneConfig
 from training.engine.checkpoint import load_weights
 from training.engine.stage import read_manifest
@@ -19,7 +20,9 @@ from training.train_classifier import (
     ClassifierRecipe,
     TrainClassifierConfig,
     learning_rate,
+    load_tagged_images,
     train_classifier,
+    with_negatives,
 )
 
 _RECIPE = ClassifierRecipe(
@@ -78,6 +81,27 @@ def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_run(scenes, tmp_p
     )
     for name, tensor in whole.items():
         assert torch.equal(tensor, killed[name]), name
+
+
+def test_negatives_have_no_tag(scenes):
+    tagged = load_tagged_images(load_coco_folder(scenes / "train"), 32)
+    joined = with_negatives(tagged, tagged.images[:2])
+    assert joined.images.shape == (11, 32, 32, 3)
+    assert (joined.tags[:9] == tagged.tags).all()
+    assert (joined.tags[9:] == 0).all()
+
+
+def test_negatives_are_learnt_from(scenes, tmp_path):
+    config = _config(scenes, tmp_path / "plain", epochs=1)
+    train_classifier(config)
+    with_background = dataclasses.replace(
+        config, output=tmp_path / "more", negatives=scenes / "val"
+    )
+    train_classifier(with_background)
+    plain, more = (
+        load_weights(tmp_path / name / stage_module.WEIGHTS_NAME) for name in ("plain", "more")
+    )
+    assert any(not torch.equal(tensor, more[name]) for name, tensor in plain.items())
 
 
 def test_too_few_images_for_a_batch_is_an_error_that_says_so(scenes, tmp_path):
