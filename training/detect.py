@@ -11,7 +11,7 @@ from torch import Tensor
 from training.data.coco import CocoFolder
 from weaksam_rt.config import DetectionConfig
 from weaksam_rt.pipeline import select_detections
-from weaksam_rt.preprocessing import resize_longest_side
+from weaksam_rt.preprocessing import resize_for_detector
 from weaksam_rt.types import Detections
 
 
@@ -45,7 +45,7 @@ def detect_folder(
     starts = range(0, len(folder.records), batch_size)
     for start in track(starts, description="detect", transient=True):
         records = folder.records[start : start + batch_size]
-        framed = [resize_longest_side(record.image(), image_size) for record in records]
+        framed = [resize_for_detector(record.image(), image_size) for record in records]
         with torch.inference_mode():
             outputs = model(torch.from_numpy(np.stack([pixels for pixels, _ in framed])))
         boxes, scores, labels = (output.numpy() for output in outputs)

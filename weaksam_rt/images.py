@@ -54,7 +54,8 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[n
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_header(image, limits)
-                return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+                ImageOps.exif_transpose(image, in_place=True)
+                return np.asarray(_to_rgb(image))
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -94,4 +95,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    # Converting RGB to RGB would copy.
+    return image if image.mode == "RGB" else image.convert("RGB")

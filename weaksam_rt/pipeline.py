@@ -35,7 +35,12 @@ from weaksam_rt.masks import (
     mask_to_box,
     stability_scores,
 )
-from weaksam_rt.preprocessing import ModelFrame, resize_longest_side, resize_to_square
+from weaksam_rt.preprocessing import (
+    ModelFrame,
+    resize_for_detector,
+    resize_longest_side,
+    resize_to_square,
+)
 from weaksam_rt.prompts import (
     SamPrompt,
     box_prompt,
@@ -160,7 +165,7 @@ class WeakSamPipeline:
         detector = self._detector()
         if with_masks:
             self._sam()
-        pixels, frame = resize_longest_side(image, detector.image_size)
+        pixels, frame = resize_for_detector(image, detector.image_size)
         answer = await self._backend.infer(DETECTOR, {"image": pixels[None]})
         detections = select_detections(
             answer["boxes"][0], answer["scores"][0], answer["labels"][0], frame,

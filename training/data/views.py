@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weaksam_rt.boxes import box_area, clip_boxes
-from weaksam_rt.preprocessing import resize_longest_side
+from weaksam_rt.preprocessing import resize_for_detector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +57,7 @@ def frame_image(
     frame_side: int,
 ) -> FramedImage:
     """Scale an RGB image [h, w, 3] and its boxes (pixels) into the model frame."""
-    pixels, frame = resize_longest_side(image, frame_side)
+    pixels, frame = resize_for_detector(image, frame_side)
     return FramedImage(
         pixels=pixels, valid_size=frame.valid_size, boxes=frame.to_model(boxes), labels=labels
     )

@@ -6,6 +6,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from weaksam_rt.preprocessing import (
     longest_side_frame,
+    resize_for_detector,
     resize_longest_side,
     resize_maps,
     resize_to_square,
@@ -36,6 +37,23 @@ def test_frames_map_back(image_size):
     np.testing.assert_allclose(frame.to_image(frame.to_model(boxes)), boxes, rtol=1e-5)
     height, width = frame.valid_size
     np.testing.assert_allclose(frame.to_model(boxes)[0], [0, 0, width, height], rtol=1e-6)
+
+
+def test_the_detectors_resizing_equals_the_exact_one_below_half_size():
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    fast, frame = resize_for_detector(image, 64)
+    exact, exact_frame = resize_longest_side(image, 64)
+    np.testing.assert_array_equal(fast, exact)
+    assert frame == exact_frame
+
+
+def test_the_detectors_resizing_averages_blocks_of_large_images():
+    blocks = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    image = blocks.repeat(4, axis=0).repeat(4, axis=1)
+    fast, frame = resize_for_detector(image, 64)
+    np.testing.assert_array_equal(fast[:48], blocks)
+    assert (fast[48:] == 0).all()
+    assert frame.valid_size == (48, 64)
 
 
 def test_an_extreme_aspect_keeps_at_least_one_pixel():
