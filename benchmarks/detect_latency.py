@@ -31,7 +31,7 @@ from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 from weaksam_rt.client import ClientConfig, WeakSamClient
 from weaksam_rt.client.messages import detect_call
 from weaksam_rt.contracts import DETECTOR
-from weaksam_rt.images import decode_image
+from weaksam_rt.images import decode_reduced
 from weaksam_rt.model_config import ServingOptions
 from weaksam_rt.model_repository import (
     ExportedModels,
@@ -162,9 +162,11 @@ def _here(
 ) -> Round:
     """The same work in this process."""
     encode = _milliseconds(lambda: detect_call(data))
-    decode = _milliseconds(lambda: decode_image(data))
-    pixels = decode_image(data)
-    whole = _milliseconds(lambda: runner.run(pipeline.detect(pixels)))
+    side = pipeline.longest_side_seen(with_masks=False)
+    decode = _milliseconds(lambda: decode_reduced(data, side))
+    image = decode_reduced(data, side)
+    detection = pipeline.detect(image.pixels, image_size=image.image_size)
+    whole = _milliseconds(lambda: runner.run(detection))
     return Round(
         end_to_end=end_to_end,
         encode=encode,

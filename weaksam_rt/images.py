@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from weaksam_rt.errors import ImageError
+from weaksam_rt.types import ImageSize
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_QUARTER_TURNS = (5, 6, 7, 8)
+"""Values of EXIF's orientation that exchange width and height."""
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
@@ -29,6 +32,16 @@ class ImageLimits:
 DEFAULT_LIMITS = ImageLimits()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedImage:
+    """Pixels of an image, perhaps fewer than it has."""
+
+    pixels: NDArray[np.uint8]
+    """RGB in [0, 255], [h, w, 3]."""
+    image_size: ImageSize
+    """(height, width) of the upright original."""
+
+
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
     """Decode one still JPEG, PNG or WebP image.
 
@@ -41,6 +54,21 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[n
     Raises:
         ImageError: The bytes are no such image, are incomplete, or exceed ``limits``.
     """
+    return _decode(data, limits, longest_side=None).pixels
+
+
+def decode_reduced(
+    data: bytes, longest_side: int, limits: ImageLimits = DEFAULT_LIMITS
+) -> DecodedImage:
+    """``decode_image`` for a model that sees no more than ``longest_side`` pixels.
+
+    A JPEG at least twice as large is decoded at a half, a quarter or an eighth of its size, never
+    below ``longest_side``: the larger the photograph, the more of the work is never done.
+    """
+    return _decode(data, limits, longest_side)
+
+
+def _decode(data: bytes, limits: ImageLimits, longest_side: int | None) -> DecodedImage:
     if not data:
         raise ImageError("the image is empty (0 bytes); send a JPEG, PNG or WebP file's bytes")
     if len(data) > limits.max_bytes:
@@ -54,8 +82,13 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[n
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_header(image, limits)
+                image_size = _upright_size(image)
+                if longest_side is not None:
+                    longest = max(image.size)
+                    wanted = [max(1, side * longest_side // longest) for side in image.size]
+                    image.draft(None, (wanted[0], wanted[1]))  # only JPEG can fulfil it
                 ImageOps.exif_transpose(image, in_place=True)
-                return np.asarray(_to_rgb(image))
+                return DecodedImage(pixels=np.asarray(_to_rgb(image)), image_size=image_size)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -85,6 +118,12 @@ def _check_header(image: Image.Image, limits: ImageLimits) -> None:
     num_frames = getattr(image, "n_frames", 1)
     if num_frames > 1:
         raise ImageError(f"the image is animated ({num_frames} frames); send one frame")
+
+
+def _upright_size(image: Image.Image) -> ImageSize:
+    width, height = image.size
+    is_turned = image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+    return (width, height) if is_turned else (height, width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -53,6 +53,7 @@ from weaksam_rt.prompts import (
 from weaksam_rt.proposals import PromptedBoxes, select_proposals
 from weaksam_rt.types import (
     Detections,
+    ImageSize,
     InstanceMasks,
     PointPrompts,
     PromptSource,
@@ -139,6 +140,7 @@ class WeakSamPipeline:
         self,
         image: NDArray[np.uint8],
         *,
+        image_size: ImageSize | None = None,
         score_thresh: float | None = None,
         max_detections: int | None = None,
         with_masks: bool = False,
@@ -147,6 +149,9 @@ class WeakSamPipeline:
 
         Args:
             image: RGB uint8 [h, w, 3].
+            image_size: (height, width) of the original, which boxes and masks refer to, if
+                ``image`` is a smaller version of it; ``longest_side_seen`` says how small it may
+                be.
             score_thresh: Lowest score to return, in [0, 1]; None: the configured one.
             max_detections: Most detections to return; None: the configured number.
             with_masks: Prompt SAM with every box.
@@ -165,13 +170,18 @@ class WeakSamPipeline:
         detector = self._detector()
         if with_masks:
             self._sam()
-        pixels, frame = resize_for_detector(image, detector.image_size)
+        pixels, frame = resize_for_detector(image, detector.image_size, image_size=image_size)
         answer = await self._backend.infer(DETECTOR, {"image": pixels[None]})
         detections = select_detections(
             answer["boxes"][0], answer["scores"][0], answer["labels"][0], frame,
             score_thresh=thresh, nms_thresh=config.nms_thresh, max_detections=limit,
         )  # fmt: skip
         return await self._with_masks(image, detections) if with_masks else detections
+
+    def longest_side_seen(self, *, with_masks: bool) -> int:
+        """The most pixels of an image's longest side that ``detect`` makes use of."""
+        detector = self._detector().image_size
+        return max(detector, self._sam().image_size) if with_masks else detector
 
     async def propose(
         self, image: NDArray[np.uint8], tags: Sequence[str] | None = None
@@ -231,7 +241,7 @@ class WeakSamPipeline:
 
     async def _with_masks(self, image: NDArray[np.uint8], detections: Detections) -> Detections:
         prompts = [box_prompt(box) for box in detections.boxes]
-        embedded = await self._embed(image) if prompts else None
+        embedded = await self._embed(image, detections.image_size) if prompts else None
         counts: tuple[bytes, ...] = ()
         if embedded is not None:
             result = await self._full_masks(embedded, prompts, _SINGLE_MASK)
@@ -279,8 +289,10 @@ class WeakSamPipeline:
 
     # -- SAM -----------------------------------------------------------------------------------
 
-    async def _embed(self, image: NDArray[np.uint8]) -> _Embedded:
-        pixels, frame = resize_longest_side(image, self._sam().image_size)
+    async def _embed(
+        self, image: NDArray[np.uint8], image_size: ImageSize | None = None
+    ) -> _Embedded:
+        pixels, frame = resize_longest_side(image, self._sam().image_size, image_size=image_size)
         answer = await self._backend.infer(
             SAM_IMAGE_ENCODER,
             {"image": pixels[None], "valid_size": np.array([frame.valid_size], np.int32)},

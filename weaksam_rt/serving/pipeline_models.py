@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -24,7 +23,7 @@ from weaksam_rt.contracts import (
     ModelContract,
 )
 from weaksam_rt.errors import ContractError, ImageError, InferenceTimeoutError
-from weaksam_rt.images import decode_image
+from weaksam_rt.images import decode_image, decode_reduced
 from weaksam_rt.model_repository import PIPELINE_NAME, member_contracts, read_pipeline_file
 from weaksam_rt.pipeline import PipelineModels, WeakSamPipeline
 from weaksam_rt.serving.encoding import (
@@ -57,8 +56,8 @@ class _PipelineModel(ABC):
             if request.is_cancelled():  # nobody waits any more: leave the cores to the others
                 raise InferenceTimeoutError("the client gave up before the work began")
             arrays = _without_batch_axis(arrays_of(request, self.contract), self.contract)
-            image = decode_image(_encoded_image(arrays))
-            outputs = await self._answer(self._pipeline, self._models, image, arrays)
+            data = _encoded_image(arrays)
+            outputs = await self._answer(self._pipeline, self._models, data, arrays)
             wanted = request.requested_output_names() or outputs
             return response_of({name: outputs[name][None] for name in wanted})
         except Exception as error:
@@ -69,10 +68,10 @@ class _PipelineModel(ABC):
     async def _answer(
         pipeline: WeakSamPipeline,
         models: PipelineModels,
-        image: NDArray[np.uint8],
+        data: bytes,
         arrays: Arrays,
     ) -> dict[str, NDArray[Any]]:
-        """Outputs without batch axis, from the image and the other inputs."""
+        """Outputs without batch axis, from the image's bytes and the other inputs."""
 
 
 class DetectModel(_PipelineModel):
@@ -84,14 +83,17 @@ class DetectModel(_PipelineModel):
     async def _answer(
         pipeline: WeakSamPipeline,
         models: PipelineModels,
-        image: NDArray[np.uint8],
+        data: bytes,
         arrays: Arrays,
     ) -> dict[str, NDArray[Any]]:
+        with_masks = bool(_scalar(arrays, "with_masks"))
+        image = decode_reduced(data, pipeline.longest_side_seen(with_masks=with_masks))
         detections = await pipeline.detect(
-            image,
+            image.pixels,
+            image_size=image.image_size,
             score_thresh=_scalar(arrays, "score_thresh"),
             max_detections=_scalar(arrays, "max_detections"),
-            with_masks=bool(_scalar(arrays, "with_masks")),
+            with_masks=with_masks,
         )
         assert models.detector is not None
         return outputs_of_detections(detections, models.detector.class_names)
@@ -106,12 +108,12 @@ class ProposeModel(_PipelineModel):
     async def _answer(
         pipeline: WeakSamPipeline,
         models: PipelineModels,
-        image: NDArray[np.uint8],
+        data: bytes,
         arrays: Arrays,
     ) -> dict[str, NDArray[Any]]:
         del models
         tags = None if "tags" not in arrays else [_text(tag) for tag in arrays["tags"]]
-        return outputs_of_proposals(await pipeline.propose(image, tags))
+        return outputs_of_proposals(await pipeline.propose(decode_image(data), tags))
 
 
 class SegmentModel(_PipelineModel):
@@ -123,12 +125,12 @@ class SegmentModel(_PipelineModel):
     async def _answer(
         pipeline: WeakSamPipeline,
         models: PipelineModels,
-        image: NDArray[np.uint8],
+        data: bytes,
         arrays: Arrays,
     ) -> dict[str, NDArray[Any]]:
         del models
         result = await pipeline.segment(
-            image,
+            decode_image(data),
             point_coords=arrays.get("point_coords"),
             point_labels=arrays.get("point_labels"),
             boxes=arrays.get("boxes"),

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from weaksam_rt.errors import ImageError
-from weaksam_rt.images import ImageLimits, decode_image
+from weaksam_rt.images import ImageLimits, decode_image, decode_reduced
 
 
 def _encode(image, fmt="PNG", **options):
@@ -37,6 +37,54 @@ def test_exif_orientation_is_applied(orientation):
     assert upright.shape == ((24, 32, 3) if orientation <= 4 else (32, 24, 3))
     if orientation == 6:  # stored turned 90 degrees counter-clockwise
         np.testing.assert_array_equal(upright, np.rot90(np.asarray(_photo()), -1))
+
+
+@pytest.mark.parametrize(
+    ("size", "longest_side", "expected"),
+    [
+        ((480, 640), 320, (240, 320)),
+        ((480, 640), 321, (480, 640)),  # half of it would be too small
+        ((641, 333), 320, (321, 167)),  # odd sides are rounded up
+        ((900, 1300), 160, (113, 163)),  # an eighth
+        ((48, 64), 320, (48, 64)),
+    ],
+)
+def test_a_jpeg_is_decoded_no_larger_than_the_model_sees(size, longest_side, expected):
+    image = decode_reduced(_encode(_photo(*size), "JPEG"), longest_side)
+    assert image.pixels.shape == (*expected, 3)
+    assert image.image_size == size
+
+
+def test_a_reduced_jpeg_is_the_mean_of_its_blocks():
+    blocks = np.random.default_rng(0).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+    whole = Image.fromarray(blocks).resize((160, 128), Image.Resampling.BICUBIC)
+    data = _encode(whole, "JPEG", quality=95, subsampling=0)
+    reduced = decode_reduced(data, 80).pixels.astype(int)
+    means = decode_image(data).reshape(64, 2, 80, 2, 3).mean(axis=(1, 3))
+    assert np.abs(reduced - means).max() < 6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_jpeg_knows_its_upright_size(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = decode_reduced(_encode(_photo(480, 640), "JPEG", exif=exif), 320)
+    assert image.image_size == ((480, 640) if orientation <= 4 else (640, 480))
+    assert image.pixels.shape[:2] == ((240, 320) if orientation <= 4 else (320, 240))
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "WEBP"])
+def test_other_formats_are_decoded_whole(fmt):
+    image = decode_reduced(_encode(_photo(480, 640), fmt), 32)
+    assert image.pixels.shape == (480, 640, 3)
+
+
+def test_cmyk_and_grey_jpegs_are_reduced_too():
+    for mode in ("CMYK", "L"):
+        data = _encode(Image.new("RGB", (640, 480), (90, 90, 90)).convert(mode), "JPEG")
+        image = decode_reduced(data, 320)
+        assert image.pixels.shape == (240, 320, 3)
+        assert np.abs(image.pixels.astype(int) - 90).max() < 4
 
 
 def test_cmyk_becomes_rgb():

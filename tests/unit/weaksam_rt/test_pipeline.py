@@ -125,6 +125,22 @@ def test_each_detection_gets_the_mask_of_its_box(pipeline):
     assert len(nothing.masks) == 0
 
 
+def test_a_smaller_version_of_the_image_gives_boxes_and_masks_of_the_original(pipeline):
+    whole = asyncio.run(pipeline.detect(_picture(), with_masks=True))
+    half = asyncio.run(
+        pipeline.detect(_picture()[::2, ::2], image_size=(64, 128), with_masks=True)
+    )
+    assert half.image_size == (64, 128)
+    assert half.boxes.tolist() == whole.boxes.tolist()
+    assert half.masks.rle_counts == whole.masks.rle_counts
+
+
+def test_the_longest_side_seen_is_that_of_the_largest_model(pipeline):
+    sizes = _MODELS.detector.image_size, _MODELS.sam.image_size
+    assert pipeline.longest_side_seen(with_masks=False) == sizes[0]
+    assert pipeline.longest_side_seen(with_masks=True) == max(sizes)
+
+
 def test_tags_steer_the_prompts_to_their_class(pipeline):
     image = _picture(0)
     image[40:60, 5:20, 2] = 255
