@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 Boxes = NDArray[np.float32]
 """float32 [n, 4], XYXY."""
+_NMS_BLOCK = 256
 
 
 def box_xyxy_from_xywh(boxes_xywh: NDArray[np.floating[Any]]) -> Boxes:
@@ -74,16 +75,7 @@ def nms(boxes: Boxes, scores: NDArray[np.floating[Any]], iou_thresh: float) -> N
     Returns:
         Indices of the kept boxes, best score first.
     """
-    order = np.argsort(-scores, kind="stable")
-    suppressed = np.zeros(len(order), dtype=bool)
-    keep = []
-    for rank, index in enumerate(order):
-        if suppressed[rank]:
-            continue
-        keep.append(index)
-        rest = order[rank + 1 :]
-        suppressed[rank + 1 :] |= box_iou(boxes[index : index + 1], boxes[rest])[0] > iou_thresh
-    return np.array(keep, dtype=np.int64)
+    return batched_nms(boxes, scores, np.zeros(len(boxes), dtype=np.int64), iou_thresh)
 
 
 def batched_nms(
@@ -93,11 +85,33 @@ def batched_nms(
     iou_thresh: float,
 ) -> NDArray[np.int64]:
     """``nms`` within each label; indices of the kept boxes, best score first."""
-    keep = [
-        members[nms(boxes[members], scores[members], iou_thresh)]
-        for members in (np.flatnonzero(labels == label) for label in np.unique(labels))
-    ]
-    if not keep:
-        return np.zeros(0, dtype=np.int64)
-    kept = np.sort(np.concatenate(keep))
-    return kept[np.argsort(-scores[kept], kind="stable")]
+    order = np.argsort(-scores, kind="stable")
+    kept: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
+    # Block by block: a matrix of overlaps is fast, one of all boxes might not fit the memory.
+    while len(order):
+        block, order = order[:_NMS_BLOCK], order[_NMS_BLOCK:]
+        survivors = block[_greedy(_conflicts(boxes, labels, block, block, iou_thresh))]
+        order = order[~_conflicts(boxes, labels, survivors, order, iou_thresh).any(axis=0)]
+        kept.append(survivors)
+    return np.concatenate(kept)
+
+
+def _conflicts(
+    boxes: Boxes,
+    labels: NDArray[np.integer[Any]],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    iou_thresh: float,
+) -> NDArray[np.bool_]:
+    """Which pairs of boxes share a label and overlap too much, [n rows, m columns]."""
+    same_label = labels[rows, None] == labels[None, columns]
+    return same_label & (box_iou(boxes[rows], boxes[columns]) > iou_thresh)
+
+
+def _greedy(conflicts: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which of n boxes, best first, stay: those in conflict with no better one that stays."""
+    stays = np.ones(len(conflicts), dtype=bool)
+    for rank in range(len(conflicts)):
+        if stays[rank]:
+            stays[rank + 1 :] &= ~conflicts[rank, rank + 1 :]
+    return stays

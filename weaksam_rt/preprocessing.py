@@ -102,6 +102,8 @@ def _resize(
     reducing_gap: float | None = None,
 ) -> NDArray[np.uint8]:
     height, width = size
+    if image.shape[:2] == size:
+        return image
     resized = Image.fromarray(image).resize((width, height), resampling, reducing_gap=reducing_gap)
     return np.asarray(resized)
 

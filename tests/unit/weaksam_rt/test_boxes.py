@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+import torch
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +42,17 @@ def test_nms_equals_the_quadratic_definition(seed, n, thresh):
         if all(box_iou(boxes[i : i + 1], boxes[j : j + 1])[0, 0] <= thresh for j in kept):
             kept.append(i)
     assert nms(boxes, scores, thresh).tolist() == kept
+
+
+@pytest.mark.parametrize("n", [256, 257, 700])
+def test_many_boxes_are_suppressed_as_torchvision_does(n):
+    rng = np.random.default_rng(n)
+    boxes, labels = _boxes(rng, n), rng.integers(0, 3, n)
+    scores = rng.permutation(n).astype(np.float32)
+    theirs = torchvision.ops.batched_nms(*map(torch.from_numpy, (boxes, scores, labels)), 0.4)
+    ours = batched_nms(boxes, scores, labels, 0.4)
+    assert ours.tolist() == theirs.tolist()
+    assert 100 < len(ours) < n
 
 
 def test_batched_nms_never_compares_labels_and_orders_by_score():

@@ -127,9 +127,7 @@ def test_each_detection_gets_the_mask_of_its_box(pipeline):
 
 def test_a_smaller_version_of_the_image_gives_boxes_and_masks_of_the_original(pipeline):
     whole = asyncio.run(pipeline.detect(_picture(), with_masks=True))
-    half = asyncio.run(
-        pipeline.detect(_picture()[::2, ::2], image_size=(64, 128), with_masks=True)
-    )
+    half = asyncio.run(pipeline.detect(_picture()[::2, ::2], image_size=(64, 128), with_masks=True))
     assert half.image_size == (64, 128)
     assert half.boxes.tolist() == whole.boxes.tolist()
     assert half.masks.rle_counts == whole.masks.rle_counts
