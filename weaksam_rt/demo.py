@@ -14,9 +14,8 @@ from weaksam_rt.client import WeakSamClient
 from weaksam_rt.server import EmbeddedServer
 
 _MODELS = Path("assets/demo_models")
-_PHOTOGRAPHS = ("chelsea.png", "astronaut.png")
+_PHOTOGRAPHS = ("chelsea.png", "astronaut.png", "camera.png")
 """Photographs inside scikit-image with something in them that the demo detector was taught."""
-_SCENES = Path("assets/demo_images")
 
 
 def main(
@@ -25,15 +24,15 @@ def main(
     """Start Triton, detect with masks, write annotated pictures and detections.json, stop Triton.
 
     Args:
-        images: Your own files or folders; without them, photographs that come with scikit-image
-            and pictures of this project.
+        images: Your own files or folders; without them, photographs that come with
+            scikit-image.
         output: Folder for pictures and detections.json.
         models: Folder of exported models.
     """
     console = Console()
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        chosen = image_files(images) if images else _own_images(stack)
+        chosen = image_files(images) if images else _photographs(stack)
         repository = stack.enter_context(repository_of(models))
         with console.status("starting Triton ..."):
             server = stack.enter_context(EmbeddedServer(repository))
@@ -46,10 +45,9 @@ def main(
     raise SystemExit(code)
 
 
-def _own_images(stack: contextlib.ExitStack) -> list[Path]:
+def _photographs(stack: contextlib.ExitStack) -> list[Path]:
     folder = files("skimage") / "data"
-    photographs = [stack.enter_context(as_file(folder / name)) for name in _PHOTOGRAPHS]
-    return photographs + (image_files([_SCENES]) if _SCENES.is_dir() else [])
+    return [stack.enter_context(as_file(folder / name)) for name in _PHOTOGRAPHS]
 
 
 if __name__ == "__main__":

@@ -183,11 +183,13 @@ def report_detections(
     """
     table = Table("file", "label", "score", "box (x1 y1 x2 y2)", "latency ms")
     labelled = []
+    shown = _short_names([str(outcome.image) for outcome in outcomes])
     for outcome in outcomes:
+        name = shown[str(outcome.image)]
         latency = f"{outcome.latency_ms:.0f}"
         if outcome.result is None:
             message = f"[red]{type(outcome.error).__name__}: {outcome.error}"
-            table.add_row(str(outcome.image), message, "", "", latency)
+            table.add_row(name, message, "", "", latency)
             continue
         detections, names = outcome.result.detections, outcome.result.label_names
         for i in range(len(detections)):
@@ -195,17 +197,24 @@ def report_detections(
             score = f"{detections.scores[i]:.2f}"
             is_first = i == 0
             table.add_row(
-                str(outcome.image) if is_first else "", names[i], score, box,
+                name if is_first else "", names[i], score, box,
                 latency if is_first else "",
             )  # fmt: skip
         if len(detections) == 0:
-            table.add_row(str(outcome.image), "[dim]nothing found", "", "", latency)
+            table.add_row(name, "[dim]nothing found", "", "", latency)
         labelled.append(
             LabelledImage(file_name=str(outcome.image), detections=detections, label_names=names)
         )
     _write(labelled, output, "detections.json", captions=True)
     _print(table, labelled, as_json)
     return int(len(labelled) < len(outcomes))
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    """File names without folders, where no two files share one."""
+    names = [Path(path).name for path in paths]
+    is_clear = len(set(names)) == len(set(paths))
+    return {path: name if is_clear else path for path, name in zip(paths, names, strict=True)}
 
 
 def _segment(
