@@ -64,8 +64,14 @@ def animals7() -> ChainRecipe:
 
 
 def demo() -> ChainRecipe:
-    """The committed demo models: animals, people, cats and dogs on 991 photographs."""
-    return replace(animals7(), classifier=ClassifierRecipe(epochs=4))
+    """The committed demo models: animals, people, cats and dogs on 991 photographs and others
+    without them.
+    """
+    return replace(
+        animals7(),
+        classifier=ClassifierRecipe(epochs=4),
+        detector=DetectorRecipe(epochs=6, repeat_thresh=0.1),  # few cats, few dogs
+    )
 
 
 def folder() -> ChainRecipe:
