@@ -1,23 +1,25 @@
 """Peaks and clustering of 28 activation maps of 375x500, beside the definition.
 
 Run ``python -m benchmarks.peaks``. The maps are those of an image with two tags: 2 coarse and 2
-fine
-maps (kernel 17), 24 cross-attention maps (kernel 129), smooth like a ViT's 14x14 maps resized to
-the image. Two more sets are harder: 24x24 maps with noise on top, and plateaus of equal values.
+fine maps (kernel 17), 24 cross-attention maps (kernel 129), smooth like a ViT's 14x14 maps resized
+to the image. Two more sets are harder: 24x24 maps with noise on top, and plateaus of equal values.
 """
 
+import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 from torch.nn import functional as F  # noqa: N812
 
+from training.engine.stage import git_commit
 from weaksam_rt.class_activation_map import (
     CAM_PEAKS,
     CROSS_PEAKS,
@@ -75,14 +77,26 @@ def _median_ms(run: Callable[[], object], repeats: int) -> float:
     return float(np.median(times)) * 1e3
 
 
-def main(repeats: int = 30, defined_maps: int = 2) -> None:
-    """Time both, check that they agree, print a table.
+def main(repeats: int = 30, defined_maps: int = 2, output: Path | None = None) -> None:
+    """Time both, check that they agree, print a table; with ``output``, also write it.
 
     Args:
         repeats: Runs of the fast path; the median is reported.
         defined_maps: Maps of each kernel on which the slow definition is run.
+        output: Markdown file.
     """
-    table = Table("maps", "normalise ms", "peaks + clustering ms", "peaks", "definition, ms a map")
+    lines = [
+        "# Peaks and clustering of 28 maps of 375x500",
+        "",
+        f"`python -m benchmarks.peaks`, commit {git_commit()[:12]}; "
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"NumPy {np.__version__}. 4 maps at kernel 17 and 24 at kernel 129, median of {repeats}; "
+        f"the definition on {2 * defined_maps} of the maps, with equal peaks.",
+        "",
+        "| maps | min-max normalisation, ms | peaks and clustering, ms | peaks | "
+        "the definition, ms a map |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
     for make in (_smooth, _noisy, _plateaus):
         raw = make(np.random.default_rng(0))
         maps = normalize_maps(raw)
@@ -94,16 +108,17 @@ def main(repeats: int = 30, defined_maps: int = 2) -> None:
             slow += time.perf_counter() - start
             if not np.array_equal(defined, peaks[i]):
                 raise RuntimeError(f"map {i}: the fast path differs from the definition")
-        table.add_row(
-            make.__name__.lstrip("_"),
-            f"{_median_ms(lambda raw=raw: normalize_maps(raw), repeats):.1f}",  # type: ignore[misc]
-            f"{_median_ms(lambda maps=maps: _fast(maps), repeats):.1f}",  # type: ignore[misc]
-            str(sum(map(len, peaks))),
-            f"{slow / (2 * defined_maps) * 1e3:.0f}",
+        normalise = _median_ms(partial(normalize_maps, raw), repeats)
+        fast = _median_ms(partial(_fast, maps), repeats)
+        lines.append(
+            f"| {make.__name__.lstrip('_')} | {normalise:.1f} | {fast:.1f} | "
+            f"{sum(map(len, peaks))} | {slow / (2 * defined_maps) * 1e3:.0f} |"
         )
-    console = Console()
-    console.print(f"{platform.processor() or platform.machine()}, NumPy {np.__version__}")
-    console.print(table)
+    text = "\n".join(lines) + "\n"
+    Console().print(text, markup=False)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text)
 
 
 if __name__ == "__main__":
