@@ -14,7 +14,7 @@ from weaksam_rt.client import WeakSamClient
 from weaksam_rt.server import EmbeddedServer
 
 _MODELS = Path("assets/demo_models")
-_PHOTOGRAPHS = ("chelsea.png", "astronaut.png", "camera.png")
+_PHOTOGRAPHS = ("astronaut.png", "camera.png")
 """Photographs inside scikit-image with something in them that the demo detector was taught."""
 
 
