@@ -1,5 +1,6 @@
 """Activation maps to peak points. Knows maps and pixels, not models."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,9 +57,17 @@ def normalize_maps(maps: NDArray[np.float32]) -> NDArray[np.float32]:
     Source:
         WeakTr: (m - min) / (max - min + 1e-8).
     """
+    low, scale = normalization(maps)
+    return (maps - low) * scale
+
+
+def normalization(
+    maps: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What ``normalize_maps`` subtracts from, then multiplies with, each map; both [..., 1, 1]."""
     low = maps.min(axis=(-2, -1), keepdims=True)
     high = maps.max(axis=(-2, -1), keepdims=True)
-    return (maps - low) * (1 / (high - low + _EPSILON))
+    return low, 1 / (high - low + _EPSILON)
 
 
 def peak_points(activation_map: NDArray[np.float32], config: PeakConfig) -> Peaks:
@@ -83,7 +92,7 @@ def peak_points(activation_map: NDArray[np.float32], config: PeakConfig) -> Peak
     width = activation_map.shape[1]
     ys, xs = np.divmod(np.flatnonzero(activation_map >= config.value_thresh), width)
     points = _highest_window_maxima(activation_map, ys, xs, config)
-    kept = points[_keep_apart(points, config)]
+    kept = points[keep_apart(points, config)]
     return Peaks(points=kept, scores=activation_map[kept[:, 1], kept[:, 0]])
 
 
@@ -103,24 +112,53 @@ def _highest_window_maxima(
         summit = _is_not_below_neighbours(values, ys, xs)
         ys, xs = ys[summit], xs[summit]
     order = np.argsort(-values[ys, xs], kind="stable")
-    ys, xs, heights = ys[order], xs[order], values[ys[order], xs[order]]
+    ys, xs = ys[order], xs[order]
+
+    def window_maximum(y: int, x: int) -> np.float32:
+        top, left = max(0, y - radius), max(0, x - radius)
+        return values[top : y + radius + 1, left : x + radius + 1].max()
+
+    found = visit_window_maxima(ys, xs, values[ys, xs], config, window_maximum)
+    if found is None:
+        found = _window_maxima_of_region(values, ys, xs, radius)[: config.max_candidates]
+    return np.stack([xs, ys], axis=1)[found]
+
+
+def visit_window_maxima(
+    ys: NDArray[np.int64],
+    xs: NDArray[np.int64],
+    heights: NDArray[np.float32],
+    config: PeakConfig,
+    window_maximum: Callable[[int, int], np.float32],
+) -> list[int] | None:
+    """Positions of the first ``max_candidates`` window maxima among pixels, highest first.
+
+    Args:
+        ys: [n], rows of the pixels, in the order of visits: highest first, ties in row order.
+        xs: [n], their columns.
+        heights: [n], their values.
+        config: Window and number.
+        window_maximum: The maximum of the window around (y, x).
+
+    Returns:
+        None where plateaus would take too many visits.
+    """
+    radius = config.kernel_size // 2
     is_possible = np.ones(len(ys), dtype=bool)
     found: list[int] = []
     for num_visits in range(len(ys)):
-        if len(found) == config.max_candidates or not is_possible.any():
+        i = int(is_possible.argmax())
+        if len(found) == config.max_candidates or not is_possible[i]:
             break
         if num_visits == _MANY_VISITS:
-            found = _window_maxima_of_region(values, ys, xs, radius)
-            break
-        i = int(is_possible.argmax())
-        y, x = ys[i], xs[i]
-        window = values[max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1]
-        if window.max() == heights[i]:
+            return None
+        y, x, height = int(ys[i]), int(xs[i]), heights[i]
+        if window_maximum(y, x) == height:
             found.append(i)
         is_possible[i] = False
-        in_window = (np.abs(ys - y) <= radius) & (np.abs(xs - x) <= radius)
-        is_possible &= ~(in_window & (heights < heights[i]))
-    return np.stack([xs, ys], axis=1)[found[: config.max_candidates]]
+        is_far = (np.abs(ys - y) > radius) | (np.abs(xs - x) > radius)
+        is_possible &= is_far | (heights >= height)
+    return found
 
 
 def _is_not_below_neighbours(
@@ -167,7 +205,7 @@ def _window_maximum(values: NDArray[np.float32], radius: int) -> NDArray[np.floa
     return np.maximum(from_right[:, :width], from_left[:, window - 1 : window - 1 + width])
 
 
-def _keep_apart(points: NDArray[np.int64], config: PeakConfig) -> NDArray[np.int64]:
+def keep_apart(points: NDArray[np.int64], config: PeakConfig) -> NDArray[np.int64]:
     """Positions of the points that are not too near an earlier kept one."""
     kept: list[int] = []
     for i, point in enumerate(points):
