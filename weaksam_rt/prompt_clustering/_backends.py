@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from weaksam_rt.errors import BackendUnavailableError
 from weaksam_rt.preprocessing import ModelFrame
 from weaksam_rt.prompt_clustering import _plan, _reference
+from weaksam_rt.prompt_clustering._low_res_peaks import low_res_peaks
 from weaksam_rt.prompt_clustering.batch import MapBatch, MaskSummary, PromptBatch
 from weaksam_rt.prompt_clustering.config import BackendName, ClusteringConfig
 from weaksam_rt.types import PointPrompts
@@ -47,7 +48,7 @@ class PromptBackend(Protocol):
 
 
 class ReferenceBackend:
-    """NumPy."""
+    """NumPy: the definition, with its peaks found on a part of the pixels."""
 
     def prompt_batch(self, batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
         """Image by image."""
@@ -58,6 +59,7 @@ class ReferenceBackend:
                 cam_peaks=config.cam_peaks,
                 cross_peaks=config.cross_peaks,
                 points_per_cluster=config.points_per_cluster,
+                find_peaks=low_res_peaks,
             )
             for image in range(batch.num_images)
         ]

@@ -8,12 +8,13 @@ import ctypes
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from weaksam_rt.errors import BackendUnavailableError, InferenceError
+from weaksam_rt.errors import ArtifactError, BackendUnavailableError, InferenceError
 from weaksam_rt.prompt_clustering._nvrtc import kernel_cubin
 from weaksam_rt.prompt_clustering._plan import Argument, Launch, Plan
 
@@ -24,7 +25,8 @@ _COMPUTE_CAPABILITY_MAJOR = 75
 _COMPUTE_CAPABILITY_MINOR = 76
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _OUT_OF_MEMORY = 2
-_DEFAULT_SHARED_BYTES = 48 * 1024
+_SURE_SHARED_BYTES = 32 * 1024
+"""So much dynamic shared memory needs no permission: 48 KiB less any kernel's static part."""
 _STREAM_NON_BLOCKING = 1
 
 
@@ -35,8 +37,8 @@ class CudaExecutor:
         """Take the GPU and load the kernels.
 
         Raises:
-            BackendUnavailableError: No driver, no such GPU, or no NVRTC.
-            ArtifactError: NVRTC cannot compile for this GPU.
+            BackendUnavailableError: No driver, no such GPU, no NVRTC, or one that is too new for
+                the driver or too old for the GPU.
         """
         self._driver = _open_driver()
         self._lock = threading.Lock()
@@ -44,14 +46,19 @@ class CudaExecutor:
         status = self._driver.cuDeviceGet(ctypes.byref(handle), device)
         if status != 0:
             raise BackendUnavailableError(f"no GPU {device}: {self._message(status)}")
-        cubin = kernel_cubin(self._architecture(handle))
+        cubin = self._cubin(handle)
         self._context = ctypes.c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), handle)
         self._module, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
         self._functions: dict[str, ctypes.c_void_p] = {}
         self._arena, self._arena_bytes = ctypes.c_uint64(0), 0
         with self._current():
-            self._call("cuModuleLoadData", ctypes.byref(self._module), cubin)
+            status = self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin)
+            if status != 0:
+                raise BackendUnavailableError(
+                    f"the driver cannot load NVRTC's code: {self._message(status)}; update the "
+                    "driver or install the NVRTC of the driver's CUDA version"
+                )
             self._call("cuStreamCreate", ctypes.byref(self._stream), _STREAM_NON_BLOCKING)
 
     def run(self, plan: Plan) -> dict[str, NDArray[Any]]:
@@ -61,15 +68,15 @@ class CudaExecutor:
             InferenceError: The GPU refused or failed; its memory may be too small for the batch.
         """
         with self._lock, self._current():
-            addresses = self._load(plan)
-            self._launch(plan, addresses)
-            return self._read(plan, addresses)
+            loaded = LoadedPlan(self, plan)
+            loaded.launch()
+            return loaded.outputs()
 
     @contextmanager
     def loaded(self, plan: Plan) -> Iterator["LoadedPlan"]:
         """The plan with its inputs on the GPU, to launch it again and again."""
         with self._lock, self._current():
-            yield LoadedPlan(self, plan, self._load(plan))
+            yield LoadedPlan(self, plan)
 
     def _load(self, plan: Plan) -> dict[str, int]:
         """Copy the inputs; the address of every array."""
@@ -90,10 +97,6 @@ class CudaExecutor:
         # The copy has left pageable memory when the call returns.
         return {name: base + offset for name, offset in offsets.items()}
 
-    def _launch(self, plan: Plan, addresses: Mapping[str, int]) -> None:
-        for launch in plan.launches:
-            self._launch_kernel(launch, addresses)
-
     def _read(self, plan: Plan, addresses: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         outputs: dict[str, NDArray[Any]] = {}
         for name in plan.outputs:
@@ -113,23 +116,17 @@ class CudaExecutor:
         """Wait for everything launched."""
         self._call("cuStreamSynchronize", self._stream)
 
-    def _launch_kernel(self, launch: Launch, addresses: Mapping[str, int]) -> None:
+    def _prepare(self, launch: Launch, addresses: Mapping[str, int]) -> "_PreparedLaunch":
         function = self._function(launch.kernel)
-        if launch.shared_bytes > _DEFAULT_SHARED_BYTES:
+        if launch.shared_bytes > _SURE_SHARED_BYTES:
             self._call(
                 "cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, launch.shared_bytes
             )
-        values = [_as_ctypes(argument, addresses) for argument in launch.arguments]
+        values = tuple(_as_ctypes(argument, addresses) for argument in launch.arguments)
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-        self._call(
-            "cuLaunchKernel",
-            function,
-            *(ctypes.c_uint(n) for n in (*launch.grid, 1, launch.threads, 1, 1)),
-            ctypes.c_uint(launch.shared_bytes),
-            self._stream,
-            pointers,
-            None,
-        )
+        sizes = (*launch.grid, 1, launch.threads, 1, 1, launch.shared_bytes)
+        arguments = (function, *map(ctypes.c_uint, sizes), self._stream, pointers, None)
+        return _PreparedLaunch(arguments=arguments, values=values)
 
     def _function(self, name: str) -> ctypes.c_void_p:
         if name not in self._functions:
@@ -153,6 +150,12 @@ class CudaExecutor:
             )
         self._check(status, "cuMemAlloc")
         self._arena_bytes = num_bytes
+
+    def _cubin(self, device: ctypes.c_int) -> bytes:
+        try:
+            return kernel_cubin(self._architecture(device))
+        except ArtifactError as error:
+            raise BackendUnavailableError(f"no kernels for this GPU: {error}") from error
 
     def _architecture(self, device: ctypes.c_int) -> str:
         values = []
@@ -183,19 +186,31 @@ class CudaExecutor:
         return text.value.decode() if text.value else f"CUDA error {status}"
 
 
-class LoadedPlan:
-    """A plan whose inputs are on the GPU. Made by ``CudaExecutor.loaded``; valid inside it."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _PreparedLaunch:
+    """The arguments of ``cuLaunchKernel``."""
 
-    def __init__(self, executor: CudaExecutor, plan: Plan, addresses: Mapping[str, int]) -> None:
-        """Remember where everything is."""
-        self._executor, self._plan, self._addresses = executor, plan, addresses
+    arguments: tuple[Any, ...]
+    values: tuple[Any, ...]
+    """What the kernel's arguments point to; kept alive here."""
+
+
+class LoadedPlan:
+    """A plan whose inputs are on the GPU. Made by ``CudaExecutor``, valid while it is held."""
+
+    def __init__(self, executor: CudaExecutor, plan: Plan) -> None:
+        """Copy the inputs and prepare the launches."""
+        self._executor, self._plan = executor, plan
+        self._addresses = executor._load(plan)
+        self._launches = [executor._prepare(launch, self._addresses) for launch in plan.launches]
 
     def launch(self) -> None:
         """Put all launches on the stream; returns before they have run."""
-        self._executor._launch(self._plan, self._addresses)
+        for prepared in self._launches:
+            self._executor._call("cuLaunchKernel", *prepared.arguments)
 
     def outputs(self) -> dict[str, NDArray[Any]]:
-        """Wait, then read the outputs."""
+        """Wait for the launches, then read the outputs."""
         return self._executor._read(self._plan, self._addresses)
 
 

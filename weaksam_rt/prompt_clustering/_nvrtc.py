@@ -7,7 +7,9 @@ import ctypes
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,8 +20,37 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SOURCE_FOLDER = Path(__file__).parent / "csrc"
 _MAIN = "kernels.cu"
 # Each operation is rounded alone, as NumPy does.
-_OPTIONS = ("--std=c++17", "--fmad=false")
+_OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v")
+_RESOURCE_PATTERNS = {
+    "registers": r"Used (\d+) registers",
+    "static_shared_bytes": r"(\d+) bytes smem",
+    "stack_bytes": r"(\d+) bytes stack frame",
+    "spilled_bytes": r"(\d+) bytes spill stores",
+}
 _LIBRARY_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelResources:
+    """What a thread, or a block, of one kernel needs."""
+
+    registers: int
+    """Of a thread."""
+    static_shared_bytes: int
+    """Of a block; dynamic shared memory comes on top."""
+    stack_bytes: int
+    """Of a thread, in slow local memory."""
+    spilled_bytes: int
+    """Of a thread: registers that did not fit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompiledKernels:
+    """A cubin and what the assembler said of it."""
+
+    cubin: bytes
+    resources: Mapping[str, KernelResources]
+    """By the kernel's name."""
 
 
 def kernel_cubin(architecture: str, cache_folder: Path | None = None) -> bytes:
@@ -38,7 +69,7 @@ def kernel_cubin(architecture: str, cache_folder: Path | None = None) -> bytes:
     entry = folder / f"prompt_kernels_{_cache_key(library)}_{architecture}.cubin"
     if entry.is_file():
         return entry.read_bytes()
-    cubin = _compile(library, architecture)
+    cubin = compile_kernels(architecture).cubin
     folder.mkdir(parents=True, exist_ok=True)
     # Another process may be writing the same entry: whoever renames last wins, with equal bytes.
     partial = entry.with_name(f"{entry.name}.{os.getpid()}")
@@ -66,7 +97,14 @@ def _cache_key(library: ctypes.CDLL) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(library: ctypes.CDLL, architecture: str) -> bytes:
+def compile_kernels(architecture: str) -> CompiledKernels:
+    """Compile now; no cache.
+
+    Raises:
+        BackendUnavailableError: NVRTC is not installed.
+        ArtifactError: NVRTC refused the source; the message is its log.
+    """
+    library = _nvrtc()
     program = ctypes.c_void_p()
     headers = _headers()
     strings = ctypes.c_char_p * len(headers)
@@ -86,12 +124,26 @@ def _compile(library: ctypes.CDLL, architecture: str) -> bytes:
         status = library.nvrtcCompileProgram(
             program, len(options), (ctypes.c_char_p * len(options))(*options)
         )
+        log = _text(library, "ProgramLog", program).decode(errors="replace").rstrip("\0")
         if status != 0:
-            log = _text(library, "ProgramLog", program).decode(errors="replace").rstrip("\0")
             raise ArtifactError(f"NVRTC cannot compile the kernels for {architecture}: {log}")
-        return _text(library, "CUBIN", program)
+        return CompiledKernels(
+            cubin=_text(library, "CUBIN", program), resources=_resources_from_log(log)
+        )
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _resources_from_log(log: str) -> dict[str, KernelResources]:
+    """What ptxas reports of each kernel."""
+    resources = {}
+    for part in log.split("Compiling entry function '")[1:]:
+        numbers = {
+            name: int(found.group(1)) if (found := re.search(pattern, part)) else 0
+            for name, pattern in _RESOURCE_PATTERNS.items()
+        }
+        resources[part.split("'")[0]] = KernelResources(**numbers)
+    return resources
 
 
 def _text(library: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:

@@ -49,8 +49,8 @@ _PACKED = (
     "image_index",
 )
 
-Argument = str | tuple[str, ...] | np.generic
-"""A buffer by name, a struct of buffers by their names, or a value."""
+Argument = str | tuple[str, ...] | np.generic | NDArray[Any]
+"""A buffer by name, a struct of buffers by their names, or a value: a scalar or a 0-d record."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +182,7 @@ def plan_prompts(
             arguments=(
                 "map_starts", "map_sources", "map_classes", *peaks, np.int32(per_map),
                 "point_starts", "centres", "centre_counts", "image_counts", "frame_scales",
-                np.array((room.points, room.prompts, room.sam_points), BATCH_COUNTS)[()],
+                np.array((room.points, room.prompts, room.sam_points), BATCH_COUNTS),
                 _PACKED, "totals",
             ),
         ),

@@ -5,7 +5,7 @@ Integers and selections are repeated exactly. So are the floats of maps and peak
 operation is a float32 operation of its own; boxes of masks agree to a tolerance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from weaksam_rt.prompts import SamPrompt, class_prompts, sam_prompts
 from weaksam_rt.types import NO_CLASS, ImageSize, PointPrompts, PromptSource
 
 _LOGIT_LIMIT = 1e30
+PeakFinder = Callable[[NDArray[np.float32], ImageSize, PeakConfig], list[Peaks]]
+"""Peaks of each of m low-resolution maps [m, h, w]."""
 
 _MAX_ITERATIONS = 300
 
@@ -67,8 +69,9 @@ def image_prompts(
     cam_peaks: PeakConfig,
     cross_peaks: PeakConfig,
     points_per_cluster: int,
+    find_peaks: PeakFinder = map_peaks,
 ) -> PointPrompts:
-    """Point prompts of one image of a batch."""
+    """Point prompts of one image of a batch; ``find_peaks`` may be a faster ``map_peaks``."""
     size = batch.frames[image].image_size
     members = batch.map_images == image
     nodes = sum_passes(batch.maps[:, members], batch.mirrored_passes)
@@ -77,13 +80,13 @@ def image_prompts(
     parts = [
         point_prompts(peaks.points, peaks.scores, class_id=int(c), source=PromptSource(int(s)))
         for peaks, c, s in zip(
-            map_peaks(nodes[~is_cross], size, cam_peaks),
+            find_peaks(nodes[~is_cross], size, cam_peaks),
             classes[~is_cross],
             sources[~is_cross],
             strict=True,
         )
     ]
-    pooled = [peaks.points for peaks in map_peaks(nodes[is_cross], size, cross_peaks)]
+    pooled = [peaks.points for peaks in find_peaks(nodes[is_cross], size, cross_peaks)]
     centres = cluster_points(
         np.concatenate([np.zeros((0, 2), np.int64), *pooled]), points_per_cluster
     )
