@@ -70,7 +70,10 @@ __device__ inline int nearest_to_mean(const ClusterScratch& scratch, int num_poi
             atomicMin(&search.best, static_cast<unsigned long long>(i));
     }
     __syncthreads();
-    return static_cast<int>(search.best);
+    const int nearest = static_cast<int>(search.best);
+    // The caller uses ``best`` again.
+    __syncthreads();
+    return nearest;
 }
 
 // Returns the number of centres; fewer than asked for where fewer points are distinct.
@@ -122,7 +125,8 @@ __device__ inline int nearest_centre(const int* point_xy, const double* centres_
     return nearest;
 }
 
-// Whether any point changed its cluster. The same for all threads.
+// Whether any point changed its cluster. The same for all threads, which meet at another barrier
+// before the next call.
 __device__ inline bool assign_points(const ClusterScratch& scratch, int num_points,
                                      int num_centres, ClusterSearch& search) {
     if (threadIdx.x == 0) search.has_changed = 0;
@@ -133,9 +137,7 @@ __device__ inline bool assign_points(const ClusterScratch& scratch, int num_poin
         scratch.assigned[i] = nearest;
     }
     __syncthreads();
-    const bool has_changed = search.has_changed != 0;
-    __syncthreads();
-    return has_changed;
+    return search.has_changed != 0;
 }
 
 // A cluster that lost all its points stays where it was.

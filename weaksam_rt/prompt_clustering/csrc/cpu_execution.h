@@ -53,13 +53,17 @@ inline void set_block(const Geometry& geometry, unsigned int x, unsigned int y) 
 
 #if defined(CPU_EXECUTION_THREADS)
 
-inline pthread_barrier_t barrier;
+// Two barriers take turns. Of a single one, a thread that wakes up late would also see what faster
+// threads did before they came to it again, and ThreadSanitizer would take that for an order.
+inline pthread_barrier_t barriers[2];
+inline thread_local unsigned int num_waits = 0;
 
-inline void synchronize_block() { pthread_barrier_wait(&barrier); }
+inline void synchronize_block() { pthread_barrier_wait(&barriers[num_waits++ % 2]); }
 
 template <class Body>
 void run_block(const Geometry& geometry, unsigned int x, unsigned int y, Body& body) {
-    pthread_barrier_init(&barrier, nullptr, geometry.block_x);
+    for (pthread_barrier_t& barrier : barriers)
+        pthread_barrier_init(&barrier, nullptr, geometry.block_x);
     std::vector<std::thread> threads;
     for (unsigned int i = 0; i < geometry.block_x; ++i)
         threads.emplace_back([&, i] {
@@ -68,7 +72,7 @@ void run_block(const Geometry& geometry, unsigned int x, unsigned int y, Body& b
             body();
         });
     for (std::thread& thread : threads) thread.join();
-    pthread_barrier_destroy(&barrier);
+    for (pthread_barrier_t& barrier : barriers) pthread_barrier_destroy(&barrier);
 }
 
 #else

@@ -299,7 +299,7 @@ __device__ inline int visit_peaks(const NormalizedMap& map, const PeakRule& rule
                  value_of(ruler), cell_keys);
         cursor = key;
         ++num_visits;
-        __syncthreads();
+        // next_cell has a barrier before it reads the keys.
     }
     return num_kept;
 }

@@ -17,13 +17,13 @@ SOURCES = Path(package.__file__).parent / "csrc"
 _FLAGS = ("-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 
 
-def build_kernels(folder: Path, *flags: str) -> Path:
+def build_kernels(folder: Path, *flags: str, sources: Path = SOURCES) -> Path:
     """The shared library; skips the test where there is no g++."""
     if shutil.which("g++") is None:
         pytest.skip("no g++: the kernels cannot be built for the CPU")
     digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:12]
     library = folder / f"kernels_{digest}.so"
-    command = ["g++", *_FLAGS, *flags, str(SOURCES / "cpu_kernels.cpp"), "-o", str(library)]
+    command = ["g++", *_FLAGS, *flags, str(sources / "cpu_kernels.cpp"), "-o", str(library)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     return library

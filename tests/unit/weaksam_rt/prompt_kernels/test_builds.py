@@ -1,13 +1,14 @@
 """The kernels compile for every GPU, spill nothing, and run clean under g++'s sanitizers."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import build_kernels
+from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import SOURCES, build_kernels
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError
 from weaksam_rt.prompt_clustering import _nvrtc
 
@@ -70,17 +71,12 @@ def test_an_architecture_that_does_not_exist_is_an_error_with_its_name():
         _nvrtc.compile_kernels("sm_1")
 
 
-@pytest.mark.parametrize(
-    ("sanitizers", "library", "flags", "num_cases"),
-    [
-        ("address,undefined", "libasan.so", ("-DCPU_EXECUTION_THREADS", "-pthread"), 12),
-        ("thread", "libtsan.so", ("-DCPU_EXECUTION_THREADS", "-pthread"), 6),
-    ],
-)
-def test_sanitizers_find_nothing(tmp_path, sanitizers, library, flags, num_cases):
+def _run_sanitized(folder, sanitizers, library, num_cases, sources=SOURCES):
+    """Builds with real threads and runs random cases in a process of its own."""
     built = build_kernels(
-        tmp_path, "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", *flags
-    )
+        folder, "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all",
+        "-DCPU_EXECUTION_THREADS", "-pthread", sources=sources,
+    )  # fmt: skip
     runtime = subprocess.run(
         ["g++", f"-print-file-name={library}"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -92,9 +88,39 @@ def test_sanitizers_find_nothing(tmp_path, sanitizers, library, flags, num_cases
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    ran = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", _RUN_CASES, str(built), str(num_cases)],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sanitizers", "library"), [("address,undefined", "libasan.so"), ("thread", "libtsan.so")]
+)
+def test_sanitizers_find_nothing(tmp_path, sanitizers, library):
+    ran = _run_sanitized(tmp_path, sanitizers, library, num_cases=15)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    assert ran.stdout.split() == ["ran", str(num_cases)]
+    assert ran.stdout.split() == ["ran", "15"]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "sanitizers", "library", "message"),
+    [
+        (
+            "nms.cuh", "        __syncthreads();\n        if (threadIdx.x == 0) kept",
+            "        if (threadIdx.x == 0) kept", "thread", "libtsan.so", "data race",
+        ),
+        (
+            "masks.cuh", "i < 2 * side", "i <= 2 * side + 8", "address,undefined", "libasan.so",
+            "heap-buffer-overflow",
+        ),
+    ],
+)  # fmt: skip
+def test_sanitizers_find_a_broken_kernel(tmp_path, file, old, new, sanitizers, library, message):
+    sources = shutil.copytree(SOURCES, tmp_path / "csrc")
+    content = (sources / file).read_text()
+    assert old in content
+    (sources / file).write_text(content.replace(old, new, 1))
+    ran = _run_sanitized(tmp_path, sanitizers, library, num_cases=3, sources=sources)
+    assert ran.returncode != 0
+    assert message in ran.stderr
