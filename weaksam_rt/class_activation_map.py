@@ -137,7 +137,8 @@ def visit_window_maxima(
     """Positions of the first ``max_candidates`` window maxima among pixels, highest first.
 
     Args:
-        ys: [n], rows of the pixels, in the order of visits: highest first, ties in row order.
+        ys: [n], rows of the pixels, in the order of visits: highest first, ties in row order. The
+            map's highest pixels are among them.
         xs: [n], their columns.
         heights: [n], their values.
         config: Window and number.
@@ -165,7 +166,11 @@ def visit_window_maxima(
             return None
         num_next = min(config.max_candidates - len(found), _MANY_VISITS)
         visited, possible = possible[:num_next], possible[num_next:]
-        is_maximum = window_maxima(ys[visited], xs[visited]) == heights[visited]
+        # Nothing is above the first height: it needs no look at its window.
+        is_maximum = heights[visited] == heights[0]
+        others = visited[~is_maximum]
+        if len(others):
+            is_maximum[~is_maximum] = window_maxima(ys[others], xs[others]) == heights[others]
         found.extend(visited[is_maximum].tolist())
         num_visits += len(visited) - int(is_maximum.sum())
         if len(found) < config.max_candidates:
