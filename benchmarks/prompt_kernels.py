@@ -247,7 +247,7 @@ def main(repeats: int = 15, output: Path | None = None) -> None:
         "",
         f"`python -m benchmarks.prompt_kernels`, commit {git_commit()[:12]}; "
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"NumPy {np.__version__}; fastest of {repeats}.",
+        f"NumPy {np.__version__}; fastest of {repeats}; load average {os.getloadavg()[0]:.1f}.",
         "",
         f"Bytes that must move: {one} for one image, {many} for 64; at the "
         f"{_H100_BYTES_PER_S / 1e12} TB/s of an H100's data sheet "
