@@ -37,6 +37,7 @@ snapshot: $(DEV)/.ready  ## Write triton_models/ anew from the models in assets/
 bench: $(DEV)/.ready  ## Measure the demo detector through the server, and peaks and clustering
 	$(DEV)/bin/python -m benchmarks.detect_latency assets/demo_models
 	$(DEV)/bin/python -m benchmarks.peaks
+	$(DEV)/bin/python -m benchmarks.prompt_kernels
 
 clean:  ## Remove environments and outputs
 	rm -rf $(DEMO) $(DEV) out

@@ -1,5 +1,6 @@
 """Activation maps to peak points. Knows maps and pixels, not models."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +9,9 @@ from numpy.typing import NDArray
 
 _EPSILON = 1e-8
 _MANY_VISITS = 200
-"""After so many points verified one by one, filtering the whole region is cheaper."""
+"""After so many points visited in vain, filtering the whole region is cheaper."""
+_NUM_RULERS = 16
+"""So many of the highest points rule out what is lower and near before any is visited."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +59,17 @@ def normalize_maps(maps: NDArray[np.float32]) -> NDArray[np.float32]:
     Source:
         WeakTr: (m - min) / (max - min + 1e-8).
     """
+    low, scale = normalization(maps)
+    return (maps - low) * scale
+
+
+def normalization(
+    maps: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What ``normalize_maps`` subtracts from, then multiplies with, each map; both [..., 1, 1]."""
     low = maps.min(axis=(-2, -1), keepdims=True)
     high = maps.max(axis=(-2, -1), keepdims=True)
-    return (maps - low) * (1 / (high - low + _EPSILON))
+    return low, 1 / (high - low + _EPSILON)
 
 
 def peak_points(activation_map: NDArray[np.float32], config: PeakConfig) -> Peaks:
@@ -83,7 +94,7 @@ def peak_points(activation_map: NDArray[np.float32], config: PeakConfig) -> Peak
     width = activation_map.shape[1]
     ys, xs = np.divmod(np.flatnonzero(activation_map >= config.value_thresh), width)
     points = _highest_window_maxima(activation_map, ys, xs, config)
-    kept = points[_keep_apart(points, config)]
+    kept = points[keep_apart(points, config)]
     return Peaks(points=kept, scores=activation_map[kept[:, 1], kept[:, 0]])
 
 
@@ -103,24 +114,68 @@ def _highest_window_maxima(
         summit = _is_not_below_neighbours(values, ys, xs)
         ys, xs = ys[summit], xs[summit]
     order = np.argsort(-values[ys, xs], kind="stable")
-    ys, xs, heights = ys[order], xs[order], values[ys[order], xs[order]]
-    is_possible = np.ones(len(ys), dtype=bool)
+    ys, xs = ys[order], xs[order]
+
+    def window_maxima(ys: NDArray[np.int64], xs: NDArray[np.int64]) -> NDArray[np.float32]:
+        tops, lefts = (ys - radius).clip(0), (xs - radius).clip(0)
+        windows = zip(tops, ys + radius + 1, lefts, xs + radius + 1, strict=True)
+        return np.array([values[y:y_end, x:x_end].max() for y, y_end, x, x_end in windows])
+
+    found = visit_window_maxima(ys, xs, values[ys, xs], config, window_maxima)
+    if found is None:
+        found = _window_maxima_of_region(values, ys, xs, radius)[: config.max_candidates]
+    return np.stack([xs, ys], axis=1)[found]
+
+
+def visit_window_maxima(
+    ys: NDArray[np.int64],
+    xs: NDArray[np.int64],
+    heights: NDArray[np.float32],
+    config: PeakConfig,
+    window_maxima: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]],
+) -> list[int] | None:
+    """Positions of the first ``max_candidates`` window maxima among pixels, highest first.
+
+    Args:
+        ys: [n], rows of the pixels, in the order of visits: highest first, ties in row order. The
+            map's highest pixels are among them.
+        xs: [n], their columns.
+        heights: [n], their values.
+        config: Window and number.
+        window_maxima: The maxima of the windows around pixels (ys, xs).
+
+    Returns:
+        None where plateaus would take too many visits.
+    """
+    radius = config.kernel_size // 2
+
+    def not_ruled_out(members: NDArray[np.int64], rulers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The members that have none of the rulers above them in their window."""
+        is_ruled = heights[members, None] < heights[rulers]
+        is_ruled &= np.abs(ys[members, None] - ys[rulers]) <= radius
+        is_ruled &= np.abs(xs[members, None] - xs[rulers]) <= radius
+        return members[~is_ruled.any(axis=1)]
+
+    # One point of each height: those of a plateau lie together and rule out the same ones.
+    rulers = np.flatnonzero(np.diff(heights, prepend=np.float32(np.inf)))[:_NUM_RULERS]
+    possible = not_ruled_out(np.arange(len(ys)), rulers)
     found: list[int] = []
-    for num_visits in range(len(ys)):
-        if len(found) == config.max_candidates or not is_possible.any():
-            break
-        if num_visits == _MANY_VISITS:
-            found = _window_maxima_of_region(values, ys, xs, radius)
-            break
-        i = int(is_possible.argmax())
-        y, x = ys[i], xs[i]
-        window = values[max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1]
-        if window.max() == heights[i]:
-            found.append(i)
-        is_possible[i] = False
-        in_window = (np.abs(ys - y) <= radius) & (np.abs(xs - x) <= radius)
-        is_possible &= ~(in_window & (heights < heights[i]))
-    return np.stack([xs, ys], axis=1)[found[: config.max_candidates]]
+    num_visits = 0
+    while len(possible) and len(found) < config.max_candidates:
+        if num_visits > _MANY_VISITS:
+            return None
+        num_next = min(config.max_candidates - len(found), _MANY_VISITS)
+        visited, possible = possible[:num_next], possible[num_next:]
+        # Nothing is above the first height: it needs no look at its window.
+        is_maximum = heights[visited] == heights[0]
+        others = visited[~is_maximum]
+        if len(others):
+            is_maximum[~is_maximum] = window_maxima(ys[others], xs[others]) == heights[others]
+        found.extend(visited[is_maximum].tolist())
+        num_visits += len(visited) - int(is_maximum.sum())
+        if len(found) < config.max_candidates:
+            possible = not_ruled_out(possible, visited)
+    return found
 
 
 def _is_not_below_neighbours(
@@ -167,15 +222,17 @@ def _window_maximum(values: NDArray[np.float32], radius: int) -> NDArray[np.floa
     return np.maximum(from_right[:, :width], from_left[:, window - 1 : window - 1 + width])
 
 
-def _keep_apart(points: NDArray[np.int64], config: PeakConfig) -> NDArray[np.int64]:
+def keep_apart(points: NDArray[np.int64], config: PeakConfig) -> list[int]:
     """Positions of the points that are not too near an earlier kept one."""
     kept: list[int] = []
-    for i, point in enumerate(points):
-        offsets = np.abs(points[kept] - point)
+    remaining = np.arange(len(points))
+    while len(remaining):
+        first, remaining = int(remaining[0]), remaining[1:]
+        kept.append(first)
+        offsets = np.abs(points[remaining] - points[first])
         if config.distance == "l1":
             is_near = offsets.sum(axis=1) < (config.kernel_size - 1) // 2
         else:
             is_near = np.square(offsets).sum(axis=1) <= (config.kernel_size / 2) ** 2
-        if not is_near.any():
-            kept.append(i)
-    return np.array(kept, dtype=np.int64)
+        remaining = remaining[~is_near]
+    return kept

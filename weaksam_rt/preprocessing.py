@@ -108,6 +108,33 @@ def _resize(
     return np.asarray(resized)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AxisSamples:
+    """Between which two of the input's samples, or *nodes*, each output sample lies."""
+
+    low: NDArray[np.int64]
+    """[n], the node before; never falls."""
+    high: NDArray[np.int64]
+    """[n], the node after, or the last."""
+    weight: NDArray[np.float32]
+    """[n], in [0, 1], of the node after; never falls while ``low`` stays."""
+
+
+@lru_cache(maxsize=64)
+def axis_samples(num_out: int, num_in: int) -> AxisSamples:
+    """Bilinear resizing along one axis: half-pixel centres, edges repeated, no anti-aliasing."""
+    centres = np.maximum((np.arange(num_out) + 0.5) * (num_in / num_out) - 0.5, 0)
+    low = np.minimum(centres.astype(np.int64), num_in - 1)
+    samples = AxisSamples(
+        low=low,
+        high=np.minimum(low + 1, num_in - 1),
+        weight=(centres - low).astype(np.float32),
+    )
+    for values in (samples.low, samples.high, samples.weight):
+        values.setflags(write=False)
+    return samples
+
+
 @lru_cache(maxsize=64)
 def resize_matrix(num_out: int, num_in: int) -> NDArray[np.float32]:
     """The matrix of one-dimensional bilinear resizing, [num_out, num_in]; rows sum to 1.
@@ -117,14 +144,11 @@ def resize_matrix(num_out: int, num_in: int) -> NDArray[np.float32]:
     Resizing, cropping and resizing again are products of such matrices, so a whole chain of them
     costs two small matrix products.
     """
-    centres = np.maximum((np.arange(num_out) + 0.5) * (num_in / num_out) - 0.5, 0)
-    low = np.minimum(centres.astype(np.int64), num_in - 1)
-    high = np.minimum(low + 1, num_in - 1)
-    weight = (centres - low).astype(np.float32)
+    axis = axis_samples(num_out, num_in)
     matrix = np.zeros((num_out, num_in), dtype=np.float32)
     rows = np.arange(num_out)
-    np.add.at(matrix, (rows, low), 1 - weight)
-    np.add.at(matrix, (rows, high), weight)
+    np.add.at(matrix, (rows, axis.low), 1 - axis.weight)
+    np.add.at(matrix, (rows, axis.high), axis.weight)
     matrix.setflags(write=False)
     return matrix
 
@@ -134,3 +158,23 @@ def resize_maps(maps: NDArray[np.float32], size: ImageSize) -> NDArray[np.float3
     rows = resize_matrix(size[0], maps.shape[-2])
     columns = resize_matrix(size[1], maps.shape[-1])
     return rows @ maps @ columns.T
+
+
+def interpolate(
+    start: NDArray[np.float32], end: NDArray[np.float32], weight: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """``start`` at weight 0; never falls, or never rises, with the weight, after rounding too."""
+    return start + weight * (end - start)
+
+
+def upsample_maps(maps: NDArray[np.float32], size: ImageSize) -> NDArray[np.float32]:
+    """``resize_maps`` in which every pixel is rounded the same way wherever it is computed.
+
+    A matrix product rounds as its library likes, so that equal values of a plateau may differ in
+    the last bit. Here each pixel is two interpolations along x and one along y, each operation in
+    float32: a pixel computed alone, or on another machine, is the same pixel.
+    """
+    down = axis_samples(size[0], maps.shape[-2])
+    right = axis_samples(size[1], maps.shape[-1])
+    wide = interpolate(maps[..., right.low], maps[..., right.high], right.weight)
+    return interpolate(wide[..., down.low, :], wide[..., down.high, :], down.weight[:, None])

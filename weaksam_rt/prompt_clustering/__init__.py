@@ -1,48 +1,44 @@
-"""Activation maps of one image to point prompts: the model ``prompt_clustering``."""
+"""Activation maps to point prompts: the model ``prompt_clustering``, and batches of it.
+
+One entry for each step, over the backend that the configuration names: NumPy or CUDA.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weaksam_rt.backends.base import Arrays
-from weaksam_rt.class_activation_map import (
-    CAM_PEAKS,
-    CROSS_PEAKS,
-    PeakConfig,
-    normalize_maps,
-    peak_points,
-)
 from weaksam_rt.contracts import ClusteringParameters, prompt_clustering_contract
-from weaksam_rt.preprocessing import resize_maps
-from weaksam_rt.prompt_clustering._reference import kmeans
-from weaksam_rt.types import NO_CLASS, ImageSize, PointPrompts, PromptSource
+from weaksam_rt.preprocessing import ModelFrame
+from weaksam_rt.prompt_clustering._backends import prompt_backend
+from weaksam_rt.prompt_clustering._reference import cluster_points
+from weaksam_rt.prompt_clustering.batch import (
+    MapBatch,
+    MaskSummary,
+    PromptBatch,
+    check_masks,
+    check_scored_boxes,
+)
+from weaksam_rt.prompt_clustering.config import BackendName, ClusteringConfig
+from weaksam_rt.types import ImageSize, PointPrompts, PromptSource
 
-__all__ = ["ClusteringConfig", "cluster_prompts", "prompt_clustering_model", "prompts_from_maps"]
+__all__ = [
+    "ClusteringConfig",
+    "MapBatch",
+    "MaskSummary",
+    "PromptBatch",
+    "class_nms",
+    "cluster_prompts",
+    "prompt_batch",
+    "prompt_clustering_model",
+    "prompts_from_maps",
+    "summarize_masks",
+]
 
+_DEFAULT = ClusteringConfig()
 _CONTRACT = prompt_clustering_contract(ClusteringParameters())
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClusteringConfig:
-    """How maps become prompts."""
-
-    cam_peaks: PeakConfig = CAM_PEAKS
-    """Peaks of coarse and fine maps."""
-    cross_peaks: PeakConfig = CROSS_PEAKS
-    """Peaks of cross-attention maps."""
-    points_per_cluster: int = 5
-    """Cross-attention peaks per cluster: n peaks give max(1, n // points_per_cluster) clusters."""
-    backend: Literal["numpy"] = "numpy"
-    """What runs it."""
-
-    def __post_init__(self) -> None:
-        if self.points_per_cluster < 1:
-            raise ValueError(f"points_per_cluster must be positive, got {self.points_per_cluster}")
-        if self.backend != "numpy":
-            raise ValueError(f"backend must be 'numpy', got {self.backend!r}")
 
 
 def cluster_prompts(points: NDArray[np.int64], points_per_cluster: int) -> NDArray[np.int64]:
@@ -59,9 +55,7 @@ def cluster_prompts(points: NDArray[np.int64], points_per_cluster: int) -> NDArr
         WeakSAM's k-means with k = n // 5. The released code invents the point (100, 100) for an
         image without peaks; we do not.
     """
-    if len(points) == 0:
-        return points
-    return kmeans(points, max(1, len(points) // points_per_cluster))
+    return cluster_points(points, points_per_cluster)
 
 
 def prompts_from_maps(
@@ -86,26 +80,79 @@ def prompts_from_maps(
     Returns:
         Prompts in the order coarse, fine, cross. Cross prompts have no class.
     """
-    parts = [
-        _cam_prompts(maps, class_ids, source, image_size, config.cam_peaks)
-        for maps, source in ((coarse_maps, PromptSource.COARSE), (fine_maps, PromptSource.FINE))
-    ]
-    pooled = [
-        peak_points(normalized, config.cross_peaks).points
-        for maps in cross_maps
-        for normalized in _at_image_resolution(maps, image_size)
-    ]
-    points = np.concatenate([np.zeros((0, 2), np.int64), *pooled])
-    centres = cluster_prompts(points, config.points_per_cluster)
-    ones = np.ones(len(centres), np.float32)
-    return PointPrompts.concatenate([*parts, _prompts(centres, ones, NO_CLASS, PromptSource.CROSS)])
+    frame = ModelFrame(image_size=image_size, valid_size=image_size, model_size=max(image_size))
+    batch = _batch_of_image(coarse_maps, fine_maps, cross_maps, class_ids, frame)
+    return prompt_batch(batch, config).prompts
+
+
+def prompt_batch(batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
+    """Prompts of several images at once, packed for SAM's decoder.
+
+    Args:
+        batch: Checked maps. A map with a value that is not finite has no peaks.
+        config: Windows, thresholds, cluster size, backend.
+
+    Raises:
+        BackendUnavailableError: The configured backend cannot run here.
+        InferenceError: The prompts do not fit the backend's buffers.
+    """
+    return prompt_backend(config.backend).prompt_batch(batch, config)
+
+
+def summarize_masks(
+    logits: NDArray[np.float32],
+    mask_images: NDArray[np.int32],
+    frames: Sequence[ModelFrame],
+    *,
+    backend: BackendName,
+) -> MaskSummary:
+    """Box, stability score and area of masks of several images, from SAM's own resolution.
+
+    Args:
+        logits: [n, m, m] over the model frame. NaN is outside its mask.
+        mask_images: [n], position of each mask's image in ``frames``.
+        frames: For each image its frame.
+        backend: What runs it.
+
+    Raises:
+        ValueError: Shapes, dtypes or positions do not fit each other.
+    """
+    check_masks(logits, mask_images, len(frames))
+    return prompt_backend(backend).summarize_masks(logits, mask_images, frames)
+
+
+def class_nms(
+    boxes: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    labels: NDArray[np.int32],
+    *,
+    iou_thresh: float,
+    backend: BackendName,
+) -> NDArray[np.int64]:
+    """Greedy non-maximum suppression within each label.
+
+    Args:
+        boxes: [n, 4], XYXY, any frame. One with a coordinate that is not finite overlaps none.
+        scores: [n]; ties go to the lower index, NaN comes last.
+        labels: [n].
+        iou_thresh: In [0, 1]; a box goes when its IoU with a kept, better one is above this.
+        backend: What runs it.
+
+    Returns:
+        Indices of the kept boxes, best score first.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit each other, or the threshold is out of its range.
+    """
+    check_scored_boxes(boxes, scores, labels, iou_thresh)
+    return prompt_backend(backend).class_nms(boxes, scores, labels, iou_thresh)
 
 
 def prompt_clustering_model(
     inputs: Arrays,
     outputs: Sequence[str] | None = None,
     *,
-    config: ClusteringConfig = ClusteringConfig(),
+    config: ClusteringConfig = _DEFAULT,
 ) -> dict[str, NDArray[Any]]:
     """``prompts_from_maps`` with the arrays of the contract ``prompt_clustering``."""
     _CONTRACT.check_inputs(inputs)
@@ -116,33 +163,26 @@ def prompt_clustering_model(
     return {name: getattr(prompts, name) for name in names}
 
 
-def _at_image_resolution(maps: NDArray[np.float32], image_size: ImageSize) -> NDArray[np.float32]:
-    return normalize_maps(resize_maps(maps, image_size))
-
-
-def _cam_prompts(
-    maps: NDArray[np.float32],
+def _batch_of_image(
+    coarse_maps: NDArray[np.float32],
+    fine_maps: NDArray[np.float32],
+    cross_maps: NDArray[np.float32],
     class_ids: NDArray[np.int32],
-    source: PromptSource,
-    image_size: ImageSize,
-    config: PeakConfig,
-) -> PointPrompts:
-    normalized = _at_image_resolution(maps, image_size)
-    found = [peak_points(activation_map, config) for activation_map in normalized]
-    return PointPrompts.concatenate(
-        [
-            _prompts(peaks.points, peaks.scores, int(class_id), source)
-            for peaks, class_id in zip(found, class_ids, strict=True)
-        ]
-    )
-
-
-def _prompts(
-    points: NDArray[np.int64], scores: NDArray[np.float32], class_id: int, source: PromptSource
-) -> PointPrompts:
-    return PointPrompts(
-        points=points.astype(np.float32),
-        scores=scores.astype(np.float32),
-        class_ids=np.full(len(points), class_id, np.int32),
-        sources=np.full(len(points), source, np.int32),
+    frame: ModelFrame,
+) -> MapBatch:
+    rows, columns = coarse_maps.shape[-2:]
+    if not coarse_maps.shape[-2:] == fine_maps.shape[-2:] == cross_maps.shape[-2:]:
+        raise ValueError(
+            "coarse, fine and cross maps must share one grid, got "
+            f"{coarse_maps.shape[-2:]}, {fine_maps.shape[-2:]} and {cross_maps.shape[-2:]}"
+        )
+    parts = [m.reshape(-1, rows, columns) for m in (coarse_maps, fine_maps, cross_maps)]
+    counts = [len(part) for part in parts]
+    sources = (PromptSource.COARSE, PromptSource.FINE, PromptSource.CROSS)
+    return MapBatch(
+        maps=np.concatenate(parts)[None],
+        map_images=np.zeros(sum(counts), np.int32),
+        map_sources=np.repeat(np.array(sources, np.int32), counts),
+        map_classes=np.concatenate([class_ids, class_ids, np.tile(class_ids, len(cross_maps))]),
+        frames=(frame,),
     )

@@ -1,11 +1,198 @@
-"""k-means on integer points in NumPy: the definition that every faster implementation must
-repeat.
+"""From activation maps to packed prompts, and from mask logits to boxes, in NumPy: the definition
+that every faster implementation must repeat.
+
+Integers and selections are repeated exactly. So are the floats of maps and peaks, because each
+operation is a float32 operation of its own; boxes of masks agree to a tolerance.
 """
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from weaksam_rt.boxes import Boxes, batched_nms
+from weaksam_rt.class_activation_map import PeakConfig, Peaks, normalize_maps, peak_points
+from weaksam_rt.masks import MASK_THRESHOLD, boxes_from_logits, low_res_stability
+from weaksam_rt.preprocessing import ModelFrame, upsample_maps
+from weaksam_rt.prompt_clustering.batch import MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.prompts import SamPrompt, class_prompts, sam_prompts
+from weaksam_rt.types import NO_CLASS, ImageSize, PointPrompts, PromptSource
+
+_LOGIT_LIMIT = 1e30
+PeakFinder = Callable[[NDArray[np.float32], ImageSize, PeakConfig], list[Peaks]]
+"""Peaks of each of m low-resolution maps [m, h, w]."""
+
 _MAX_ITERATIONS = 300
+
+
+def sum_passes(
+    maps: NDArray[np.float32], mirrored_passes: Sequence[int] = ()
+) -> NDArray[np.float32]:
+    """Sum over passes, in their order, of [passes, ..., h, w]; mirrored ones are turned back."""
+    turned = [m[..., ::-1] if p in mirrored_passes else m for p, m in enumerate(maps)]
+    total = turned[0].copy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        for addend in turned[1:]:
+            total += addend
+    return total
+
+
+def is_usable(nodes: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which maps of [..., h, w] have finite values only, with finite differences."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        span = nodes.max(axis=(-2, -1)) - nodes.min(axis=(-2, -1))
+    return np.isfinite(nodes).all(axis=(-2, -1)) & np.isfinite(span)
+
+
+def normalized_maps(nodes: NDArray[np.float32], image_size: ImageSize) -> NDArray[np.float32]:
+    """Maps [..., h, w] at image resolution, each normalised to [0, 1]; unusable maps are all 0."""
+    finite = np.where(is_usable(nodes)[..., None, None], nodes, np.float32(0))
+    return normalize_maps(upsample_maps(finite, image_size))
+
+
+def map_peaks(nodes: NDArray[np.float32], image_size: ImageSize, config: PeakConfig) -> list[Peaks]:
+    """The peaks of each of m low-resolution maps [m, h, w]."""
+    return [peak_points(m, config) for m in normalized_maps(nodes, image_size)]
+
+
+def cluster_points(points: NDArray[np.int64], points_per_cluster: int) -> NDArray[np.int64]:
+    """Centres of max(1, n // points_per_cluster) clusters of n points; none of none."""
+    if len(points) == 0:
+        return points
+    return kmeans(points, max(1, len(points) // points_per_cluster))
+
+
+def image_prompts(
+    batch: MapBatch,
+    image: int,
+    *,
+    cam_peaks: PeakConfig,
+    cross_peaks: PeakConfig,
+    points_per_cluster: int,
+    find_peaks: PeakFinder = map_peaks,
+) -> PointPrompts:
+    """Point prompts of one image of a batch; ``find_peaks`` may be a faster ``map_peaks``."""
+    size = batch.frames[image].image_size
+    members = batch.map_images == image
+    nodes = sum_passes(batch.maps[:, members], batch.mirrored_passes)
+    sources, classes = batch.map_sources[members], batch.map_classes[members]
+    is_cross = sources == PromptSource.CROSS
+    parts = [
+        point_prompts(peaks.points, peaks.scores, class_id=int(c), source=PromptSource(int(s)))
+        for peaks, c, s in zip(
+            find_peaks(nodes[~is_cross], size, cam_peaks),
+            classes[~is_cross],
+            sources[~is_cross],
+            strict=True,
+        )
+    ]
+    pooled = [peaks.points for peaks in find_peaks(nodes[is_cross], size, cross_peaks)]
+    centres = cluster_points(
+        np.concatenate([np.zeros((0, 2), np.int64), *pooled]), points_per_cluster
+    )
+    ones = np.ones(len(centres), np.float32)
+    parts.append(point_prompts(centres, ones, class_id=NO_CLASS, source=PromptSource.CROSS))
+    return PointPrompts.concatenate(parts)
+
+
+def point_prompts(
+    points: NDArray[np.int64], scores: NDArray[np.float32], *, class_id: int, source: PromptSource
+) -> PointPrompts:
+    """Points of one class and source."""
+    return PointPrompts(
+        points=points.astype(np.float32),
+        scores=scores.astype(np.float32),
+        class_ids=np.full(len(points), class_id, np.int32),
+        sources=np.full(len(points), source, np.int32),
+    )
+
+
+def pack_batch(images: Sequence[PointPrompts], frames: Sequence[ModelFrame]) -> PromptBatch:
+    """Point prompts of several images to SAM's prompts of the whole batch."""
+    prompts = [_sam_prompts_of_image(prompts) for prompts in images]
+    flat = [(image, prompt) for image, of_image in enumerate(prompts) for prompt in of_image]
+    points = [frames[image].to_model(prompt.points) for image, prompt in flat]
+    labels = [prompt.labels for _, prompt in flat]
+    return PromptBatch(
+        prompts=PointPrompts.concatenate(list(images)),
+        point_offsets=_offsets([len(p) for p in images]),
+        sam_points=np.concatenate([np.zeros((0, 2), np.float32), *points]),
+        sam_labels=np.concatenate([np.zeros(0, np.int32), *labels]),
+        sam_offsets=_offsets([len(p) for p in points]),
+        image_index=np.array([image for image, _ in flat], np.int32),
+    )
+
+
+def _sam_prompts_of_image(prompts: PointPrompts) -> list[SamPrompt]:
+    together = [
+        class_prompts(_of_source(prompts, source))
+        for source in (PromptSource.COARSE, PromptSource.FINE)
+    ]
+    return [*sam_prompts(prompts), *together[0], *together[1]]
+
+
+def _of_source(prompts: PointPrompts, source: PromptSource) -> PointPrompts:
+    members = prompts.sources == source
+    return PointPrompts(
+        points=prompts.points[members],
+        scores=prompts.scores[members],
+        class_ids=prompts.class_ids[members],
+        sources=prompts.sources[members],
+    )
+
+
+def _offsets(counts: Sequence[int]) -> NDArray[np.int32]:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int32)
+
+
+def summarize_masks(
+    logits: NDArray[np.float32], mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]
+) -> MaskSummary:
+    """Box, stability score and area of each mask.
+
+    Args:
+        logits: [n, m, m] over the model frame. NaN is outside; values beyond 1e30 count as 1e30.
+        mask_images: [n], position of each mask's image in ``frames``.
+        frames: For each image its frame.
+    """
+    clean = np.where(np.isnan(logits), -np.inf, logits)
+    clean = clean.clip(-_LOGIT_LIMIT, _LOGIT_LIMIT).astype(np.float32)
+    summary = MaskSummary(
+        boxes=np.zeros((len(logits), 4), np.float32),
+        stability=np.zeros(len(logits), np.float32),
+        areas=np.zeros(len(logits), np.float32),
+    )
+    for image, frame in enumerate(frames):
+        members = np.flatnonzero(mask_images == image)
+        if len(members) == 0:
+            continue
+        summary.boxes[members] = boxes_from_logits(clean[members], frame)
+        summary.stability[members] = low_res_stability(clean[members], frame)
+        summary.areas[members] = _mask_areas(clean[members], frame)
+    return summary
+
+
+def _mask_areas(logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.float32]:
+    side = logits.shape[-1]
+    stride = frame.model_size / side
+    height, width = (max(1, -(-v * side // frame.model_size)) for v in frame.valid_size)
+    inside = np.count_nonzero(logits[:, :height, :width] > MASK_THRESHOLD, axis=(1, 2))
+    cell_height, cell_width = (
+        stride / (valid / full)
+        for valid, full in zip(frame.valid_size, frame.image_size, strict=True)
+    )
+    return (inside * (cell_width * cell_height)).astype(np.float32)
+
+
+def class_nms(
+    boxes: Boxes, scores: NDArray[np.float32], labels: NDArray[np.int32], iou_thresh: float
+) -> NDArray[np.int64]:
+    """``batched_nms``; a box with a coordinate that is not finite suppresses nothing."""
+    is_finite = np.isfinite(boxes).all(axis=1)
+    # Out of everyone's way: an empty box overlaps nothing.
+    clean = np.where(is_finite[:, None], boxes, np.float32(0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return batched_nms(clean, scores, labels, iou_thresh)
 
 
 def kmeans(points: NDArray[np.int64], num_clusters: int) -> NDArray[np.int64]:

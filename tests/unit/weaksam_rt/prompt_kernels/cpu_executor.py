@@ -1,0 +1,79 @@
+"""The CUDA kernels, built by g++ and run on the CPU: threads, barriers and atomics are real."""
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import weaksam_rt.prompt_clustering as package
+
+SOURCES = Path(package.__file__).parent / "csrc"
+_FLAGS = ("-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
+
+
+def build_kernels(folder: Path, *flags: str, sources: Path = SOURCES) -> Path:
+    """The shared library; skips the test where there is no g++."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++: the kernels cannot be built for the CPU")
+    digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:12]
+    library = folder / f"kernels_{digest}.so"
+    command = ["g++", *_FLAGS, *flags, str(sources / "cpu_kernels.cpp"), "-o", str(library)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    return library
+
+
+class CpuExecutor:
+    """Runs plans on NumPy arrays."""
+
+    def __init__(self, library: Path, threads: int | None = None):
+        self._library = ctypes.CDLL(str(library))
+        self._threads = threads
+
+    def with_threads(self, threads: int) -> "CpuExecutor":
+        """The same, with blocks of another size."""
+        other = object.__new__(CpuExecutor)
+        other._library, other._threads = self._library, threads
+        return other
+
+    def run(self, plan):
+        # Memory starts as a pattern, not as zeros: whoever reads what no kernel wrote shows it.
+        arrays = {
+            name: np.frombuffer(
+                bytearray(b"\xa5" * (int(np.prod(b.shape)) * np.dtype(b.dtype).itemsize)), b.dtype
+            ).reshape(b.shape)
+            for name, b in plan.buffers.items()
+        }
+        arrays |= {name: np.ascontiguousarray(a) for name, a in plan.inputs.items()}
+        for launch in plan.launches:
+            self._launch(
+                replace(launch, threads=self._threads) if self._threads else launch, arrays
+            )
+        return {name: arrays[name] for name in plan.outputs}
+
+    def _launch(self, launch, arrays):
+        values = [_as_ctypes(argument, arrays) for argument in launch.arguments]
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+        status = self._library.launch_kernel(
+            launch.kernel.encode(),
+            *(ctypes.c_uint(n) for n in (*launch.grid, launch.threads)),
+            ctypes.c_size_t(launch.shared_bytes),
+            pointers,
+        )
+        assert status == 0, launch.kernel
+
+
+def _as_ctypes(argument, arrays) -> ctypes.Array:
+    if isinstance(argument, str):
+        argument = (argument,)
+    if isinstance(argument, Sequence):
+        addresses = [arrays[name].ctypes.data for name in argument]
+        return (ctypes.c_void_p * len(addresses))(*addresses)
+    content = argument.tobytes()
+    return ctypes.create_string_buffer(content, len(content))

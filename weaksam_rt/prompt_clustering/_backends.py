@@ -1,0 +1,159 @@
+"""One interface to the prompt chain, and the one place where its implementation is chosen."""
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weaksam_rt.errors import BackendUnavailableError
+from weaksam_rt.preprocessing import ModelFrame
+from weaksam_rt.prompt_clustering import _plan, _reference
+from weaksam_rt.prompt_clustering._low_res_peaks import low_res_peaks
+from weaksam_rt.prompt_clustering.batch import MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.prompt_clustering.config import BackendName, ClusteringConfig
+from weaksam_rt.types import PointPrompts
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class PromptBackend(Protocol):
+    """Runs the prompt chain. Arguments are checked by the caller."""
+
+    def prompt_batch(self, batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
+        """Maps of a batch to packed prompts."""
+        ...
+
+    def summarize_masks(
+        self,
+        logits: NDArray[np.float32],
+        mask_images: NDArray[np.int32],
+        frames: Sequence[ModelFrame],
+    ) -> MaskSummary:
+        """Box, stability score and area of each mask."""
+        ...
+
+    def class_nms(
+        self,
+        boxes: NDArray[np.float32],
+        scores: NDArray[np.float32],
+        labels: NDArray[np.int32],
+        iou_thresh: float,
+    ) -> NDArray[np.int64]:
+        """Indices of the boxes that stay, best first."""
+        ...
+
+
+class ReferenceBackend:
+    """NumPy: the definition, with its peaks found on a part of the pixels."""
+
+    def prompt_batch(self, batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
+        """Image by image."""
+        images = [
+            _reference.image_prompts(
+                batch,
+                image,
+                cam_peaks=config.cam_peaks,
+                cross_peaks=config.cross_peaks,
+                points_per_cluster=config.points_per_cluster,
+                find_peaks=low_res_peaks,
+            )
+            for image in range(batch.num_images)
+        ]
+        return _reference.pack_batch(images, batch.frames)
+
+    def summarize_masks(
+        self,
+        logits: NDArray[np.float32],
+        mask_images: NDArray[np.int32],
+        frames: Sequence[ModelFrame],
+    ) -> MaskSummary:
+        """Image by image."""
+        return _reference.summarize_masks(logits, mask_images, frames)
+
+    def class_nms(
+        self,
+        boxes: NDArray[np.float32],
+        scores: NDArray[np.float32],
+        labels: NDArray[np.int32],
+        iou_thresh: float,
+    ) -> NDArray[np.int64]:
+        """Block by block."""
+        return _reference.class_nms(boxes, scores, labels, iou_thresh)
+
+
+class KernelBackend:
+    """The kernels of ``csrc``, wherever the executor runs them."""
+
+    def __init__(
+        self, executor: _plan.Executor, capacity: _plan.PromptCapacity | None = None
+    ) -> None:
+        """``capacity`` bounds the results of a batch; None: room for all that can be."""
+        self._executor = executor
+        self._capacity = capacity
+
+    def prompt_batch(self, batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
+        """All images at once."""
+        if len(batch.map_images) == 0:
+            empty = [PointPrompts.concatenate([])] * batch.num_images
+            return _reference.pack_batch(empty, batch.frames)
+        most = max(config.cam_peaks.max_candidates, config.cross_peaks.max_candidates)
+        capacity = self._capacity or _plan.full_capacity(batch, max_candidates=most)
+        plan = _plan.plan_prompts(
+            batch,
+            cam_peaks=config.cam_peaks,
+            cross_peaks=config.cross_peaks,
+            points_per_cluster=config.points_per_cluster,
+            capacity=capacity,
+        )
+        return _plan.read_prompts(self._executor.run(plan), capacity)
+
+    def summarize_masks(
+        self,
+        logits: NDArray[np.float32],
+        mask_images: NDArray[np.int32],
+        frames: Sequence[ModelFrame],
+    ) -> MaskSummary:
+        """One block a mask."""
+        if len(logits) == 0:
+            return _reference.summarize_masks(logits, mask_images, frames)
+        plan = _plan.plan_mask_summary(logits, mask_images, frames)
+        return _plan.read_mask_summary(self._executor.run(plan))
+
+    def class_nms(
+        self,
+        boxes: NDArray[np.float32],
+        scores: NDArray[np.float32],
+        labels: NDArray[np.int32],
+        iou_thresh: float,
+    ) -> NDArray[np.int64]:
+        """By bit masks."""
+        if len(boxes) == 0:
+            return np.zeros(0, np.int64)
+        return _plan.read_nms(self._executor.run(_plan.plan_nms(boxes, scores, labels, iou_thresh)))
+
+
+@lru_cache(maxsize=3)
+def prompt_backend(name: BackendName) -> PromptBackend:
+    """The backend of this name; made once.
+
+    Raises:
+        BackendUnavailableError: ``cuda`` cannot run here; the message says what is missing.
+    """
+    if name == "reference":
+        return ReferenceBackend()
+    # Imported late: it looks for a driver.
+    from weaksam_rt.prompt_clustering._cuda import CudaExecutor
+
+    try:
+        executor = CudaExecutor()
+    except BackendUnavailableError as error:
+        if name == "cuda":
+            raise
+        _LOGGER.info("prompt clustering: backend reference, since %s", error)
+        return ReferenceBackend()
+    _LOGGER.info("prompt clustering: backend cuda")
+    return KernelBackend(executor)

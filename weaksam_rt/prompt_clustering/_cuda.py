@@ -1,0 +1,253 @@
+"""Plans on an NVIDIA GPU, through the driver that comes with it; no other package is needed.
+
+The first use compiles the kernels (``_nvrtc``) or finds them in the cache. A plan's inputs go up in
+one copy, its launches follow on one stream, and only reading the outputs waits.
+"""
+
+import ctypes
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weaksam_rt.errors import ArtifactError, BackendUnavailableError, InferenceError
+from weaksam_rt.prompt_clustering._nvrtc import kernel_cubin
+from weaksam_rt.prompt_clustering._plan import Argument, Launch, Plan
+
+_ALIGNMENT = 256
+"""Bytes; what cudaMalloc promises, so that every buffer starts on a memory transaction."""
+# Numbers of the driver's enums.
+_COMPUTE_CAPABILITY_MAJOR = 75
+_COMPUTE_CAPABILITY_MINOR = 76
+_MAX_DYNAMIC_SHARED_BYTES = 8
+_OUT_OF_MEMORY = 2
+_SURE_SHARED_BYTES = 32 * 1024
+"""So much dynamic shared memory needs no permission: 48 KiB less any kernel's static part."""
+_STREAM_NON_BLOCKING = 1
+
+
+class CudaExecutor:
+    """Runs plans on one GPU; one plan at a time, from any thread."""
+
+    def __init__(self, device: int = 0) -> None:
+        """Take the GPU and load the kernels.
+
+        Raises:
+            BackendUnavailableError: No driver, no such GPU, no NVRTC, or one that is too new for
+                the driver or too old for the GPU.
+        """
+        self._driver = _open_driver()
+        self._lock = threading.Lock()
+        handle = ctypes.c_int()
+        status = self._driver.cuDeviceGet(ctypes.byref(handle), device)
+        if status != 0:
+            raise BackendUnavailableError(f"no GPU {device}: {self._message(status)}")
+        cubin = self._cubin(handle)
+        self._context = ctypes.c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), handle)
+        self._module, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
+        self._functions: dict[str, ctypes.c_void_p] = {}
+        self._arena, self._arena_bytes = ctypes.c_uint64(0), 0
+        with self._current():
+            status = self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin)
+            if status != 0:
+                raise BackendUnavailableError(
+                    f"the driver cannot load NVRTC's code: {self._message(status)}; update the "
+                    "driver or install the NVRTC of the driver's CUDA version"
+                )
+            self._call("cuStreamCreate", ctypes.byref(self._stream), _STREAM_NON_BLOCKING)
+
+    def run(self, plan: Plan) -> dict[str, NDArray[Any]]:
+        """The plan's outputs, after all launches.
+
+        Raises:
+            InferenceError: The GPU refused or failed; its memory may be too small for the batch.
+        """
+        with self._lock, self._current():
+            loaded = LoadedPlan(self, plan)
+            loaded.launch()
+            return loaded.outputs()
+
+    @contextmanager
+    def loaded(self, plan: Plan) -> Iterator["LoadedPlan"]:
+        """The plan with its inputs on the GPU, to launch it again and again."""
+        with self._lock, self._current():
+            yield LoadedPlan(self, plan)
+
+    def _load(self, plan: Plan) -> dict[str, int]:
+        """Copy the inputs; the address of every array."""
+        offsets, input_bytes, total = _layout(plan)
+        self._reserve(total)
+        staging = np.zeros(input_bytes, np.uint8)
+        for name, array in plan.inputs.items():
+            content = np.ascontiguousarray(array).view(np.uint8).ravel() if array.size else array
+            staging[offsets[name] : offsets[name] + array.nbytes] = content
+        base = int(self._arena.value)
+        self._call(
+            "cuMemcpyHtoDAsync_v2",
+            ctypes.c_uint64(base),
+            ctypes.c_void_p(staging.ctypes.data),
+            ctypes.c_size_t(input_bytes),
+            self._stream,
+        )
+        # The copy has left pageable memory when the call returns.
+        return {name: base + offset for name, offset in offsets.items()}
+
+    def _read(self, plan: Plan, addresses: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+        outputs: dict[str, NDArray[Any]] = {}
+        for name in plan.outputs:
+            buffer = plan.buffers[name]
+            outputs[name] = np.empty(buffer.shape, buffer.dtype)
+            self._call(
+                "cuMemcpyDtoHAsync_v2",
+                ctypes.c_void_p(outputs[name].ctypes.data),
+                ctypes.c_uint64(addresses[name]),
+                ctypes.c_size_t(outputs[name].nbytes),
+                self._stream,
+            )
+        self.synchronize()
+        return outputs
+
+    def synchronize(self) -> None:
+        """Wait for everything launched."""
+        self._call("cuStreamSynchronize", self._stream)
+
+    def _prepare(self, launch: Launch, addresses: Mapping[str, int]) -> "_PreparedLaunch":
+        function = self._function(launch.kernel)
+        if launch.shared_bytes > _SURE_SHARED_BYTES:
+            self._call(
+                "cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, launch.shared_bytes
+            )
+        values = tuple(_as_ctypes(argument, addresses) for argument in launch.arguments)
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+        sizes = (*launch.grid, 1, launch.threads, 1, 1, launch.shared_bytes)
+        arguments = (function, *map(ctypes.c_uint, sizes), self._stream, pointers, None)
+        return _PreparedLaunch(arguments=arguments, values=values)
+
+    def _function(self, name: str) -> ctypes.c_void_p:
+        if name not in self._functions:
+            function = ctypes.c_void_p()
+            self._call("cuModuleGetFunction", ctypes.byref(function), self._module, name.encode())
+            self._functions[name] = function
+        return self._functions[name]
+
+    def _reserve(self, num_bytes: int) -> None:
+        """Grow the one allocation that holds a plan's arrays; it stays for the next plan."""
+        if num_bytes <= self._arena_bytes:
+            return
+        if self._arena_bytes:
+            self._call("cuMemFree_v2", self._arena)
+            self._arena_bytes = 0
+        status = self._driver.cuMemAlloc_v2(ctypes.byref(self._arena), ctypes.c_size_t(num_bytes))
+        if status == _OUT_OF_MEMORY:
+            raise InferenceError(
+                f"the batch needs {num_bytes} bytes of GPU memory, which are not free: send fewer "
+                "images"
+            )
+        self._check(status, "cuMemAlloc")
+        self._arena_bytes = num_bytes
+
+    def _cubin(self, device: ctypes.c_int) -> bytes:
+        try:
+            return kernel_cubin(self._architecture(device))
+        except ArtifactError as error:
+            raise BackendUnavailableError(f"no kernels for this GPU: {error}") from error
+
+    def _architecture(self, device: ctypes.c_int) -> str:
+        values = []
+        for attribute in (_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR):
+            value = ctypes.c_int()
+            self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
+            values.append(value.value)
+        return f"sm_{values[0]}{values[1]}"
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        self._check(getattr(self._driver, name)(*arguments), name)
+
+    def _check(self, status: int, name: str) -> None:
+        if status != 0:
+            raise InferenceError(f"{name}: {self._message(status)}")
+
+    def _message(self, status: int) -> str:
+        text = ctypes.c_char_p()
+        self._driver.cuGetErrorString(status, ctypes.byref(text))
+        return text.value.decode() if text.value else f"CUDA error {status}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _PreparedLaunch:
+    """The arguments of ``cuLaunchKernel``."""
+
+    arguments: tuple[Any, ...]
+    values: tuple[Any, ...]
+    """What the kernel's arguments point to; kept alive here."""
+
+
+class LoadedPlan:
+    """A plan whose inputs are on the GPU. Made by ``CudaExecutor``, valid while it is held."""
+
+    def __init__(self, executor: CudaExecutor, plan: Plan) -> None:
+        """Copy the inputs and prepare the launches."""
+        self._executor, self._plan = executor, plan
+        self._addresses = executor._load(plan)
+        self._launches = [executor._prepare(launch, self._addresses) for launch in plan.launches]
+
+    def launch(self) -> None:
+        """Put all launches on the stream; returns before they have run."""
+        for prepared in self._launches:
+            self._executor._call("cuLaunchKernel", *prepared.arguments)
+
+    def outputs(self) -> dict[str, NDArray[Any]]:
+        """Wait for the launches, then read the outputs."""
+        return self._executor._read(self._plan, self._addresses)
+
+
+def _layout(plan: Plan) -> tuple[dict[str, int], int, int]:
+    """Offset of every array, bytes of the inputs (which stand first), bytes of all."""
+    offsets, position = {}, 0
+    for name, array in plan.inputs.items():
+        offsets[name] = position
+        position = _aligned(position + array.nbytes)
+    input_bytes = position
+    for name, buffer in plan.buffers.items():
+        offsets[name] = position
+        size = int(np.prod(buffer.shape, dtype=np.int64)) * np.dtype(buffer.dtype).itemsize
+        position = _aligned(position + size)
+    return offsets, input_bytes, position
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _as_ctypes(argument: Argument, addresses: Mapping[str, int]) -> Any:
+    """Memory that holds the argument as the kernel expects it."""
+    if isinstance(argument, str):
+        return ctypes.c_uint64(addresses[argument])
+    if isinstance(argument, tuple):
+        return (ctypes.c_uint64 * len(argument))(*[addresses[name] for name in argument])
+    content = argument.tobytes()
+    return ctypes.create_string_buffer(content, len(content))
+
+
+def _open_driver() -> ctypes.CDLL:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise BackendUnavailableError(f"no NVIDIA driver: {error}") from error
+    status = driver.cuInit(0)
+    if status != 0:
+        raise BackendUnavailableError(f"the NVIDIA driver does not start: CUDA error {status}")
+    return driver

@@ -1,0 +1,393 @@
+"""Which kernels run, on what, in which order: pure values, the same on a GPU and on a CPU.
+
+A plan is made before anything is launched, from shapes that the host knows. Its launches follow
+each other on one stream; no stage waits for the host.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from weaksam_rt.class_activation_map import PeakConfig
+from weaksam_rt.errors import InferenceError
+from weaksam_rt.preprocessing import ModelFrame
+from weaksam_rt.prompt_clustering.batch import MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.types import PointPrompts, PromptSource
+
+AXIS_SAMPLE = np.dtype([("low", np.int32), ("weight", np.float32)])
+PEAK_RULE = np.dtype(
+    [
+        ("kernel_size", np.int32),
+        ("value_thresh", np.float32),
+        ("max_candidates", np.int32),
+        ("is_l2", np.int32),
+    ]
+)
+BATCH_COUNTS = np.dtype([("points", np.int32), ("prompts", np.int32), ("sam_points", np.int32)])
+FRAME_SCALE = np.dtype([("x", np.float64), ("y", np.float64)])
+MASK_FRAME = np.dtype(
+    [
+        (name, np.int32)
+        for name in ("valid_height", "valid_width", "model_size", "image_height", "image_width")
+    ]
+)
+MAX_MAP_SIDE = 64
+"""Sides of a low-resolution map; a whole map lies in a GPU block's shared memory."""
+_THREADS = 256
+_PACKED = (
+    "points",
+    "scores",
+    "class_ids",
+    "sources",
+    "point_offsets",
+    "sam_points",
+    "sam_labels",
+    "sam_offsets",
+    "image_index",
+)
+
+Argument = str | tuple[str, ...] | np.generic | NDArray[Any]
+"""A buffer by name, a struct of buffers by their names, or a value: a scalar or a 0-d record."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Buffer:
+    """Memory that kernels share, uninitialised at first."""
+
+    shape: tuple[int, ...]
+    dtype: DTypeLike
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """One kernel call."""
+
+    kernel: str
+    grid: tuple[int, int]
+    arguments: tuple[Argument, ...]
+    threads: int = _THREADS
+    shared_bytes: int = 0
+    """Dynamic shared memory of a block."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Inputs, buffers and launches; what is read back."""
+
+    inputs: Mapping[str, NDArray[Any]]
+    buffers: Mapping[str, Buffer]
+    launches: tuple[Launch, ...]
+    outputs: tuple[str, ...]
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Runs plans somewhere."""
+
+    def run(self, plan: Plan) -> dict[str, NDArray[Any]]:
+        """The plan's outputs, after all launches."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptCapacity:
+    """Room in the output buffers of a batch."""
+
+    points: int
+    """Point prompts."""
+    prompts: int
+    """SAM's prompts."""
+    sam_points: int
+    """Points of SAM's prompts, padding included."""
+
+
+def full_capacity(batch: MapBatch, *, max_candidates: int) -> PromptCapacity:
+    """Room for all that the maps of a batch can give."""
+    num_maps = len(batch.map_images)
+    peaks = num_maps * max_candidates
+    return PromptCapacity(points=peaks, prompts=peaks + num_maps, sam_points=3 * peaks + num_maps)
+
+
+def plan_prompts(
+    batch: MapBatch,
+    *,
+    cam_peaks: PeakConfig,
+    cross_peaks: PeakConfig,
+    points_per_cluster: int,
+    capacity: PromptCapacity | None = None,
+) -> Plan:
+    """Maps of a batch to packed prompts.
+
+    Args:
+        batch: At least one map.
+        cam_peaks: Rule of coarse and fine maps.
+        cross_peaks: Rule of cross-attention maps.
+        points_per_cluster: Cross-attention peaks per cluster.
+        capacity: Room for the results; by default enough for any.
+
+    Raises:
+        ValueError: The maps are too large for the kernels, or too many.
+    """
+    _, num_maps, rows, columns = batch.maps.shape
+    if max(rows, columns) > MAX_MAP_SIDE:
+        raise ValueError(
+            f"maps must be at most {MAX_MAP_SIDE} a side for the kernels, got {rows}x{columns}"
+        )
+    per_map = max(cam_peaks.max_candidates, cross_peaks.max_candidates)
+    room = capacity or full_capacity(batch, max_candidates=per_map)
+    inputs = _prompt_inputs(batch, cam_peaks, cross_peaks, per_map)
+    grid_size = (np.int32(rows), np.int32(columns))
+    peaks = ("peak_xy", "peak_scores", "peak_counts")
+    scratch = tuple(
+        f"cluster_{n}" for n in ("xy", "assigned", "nearest", "counts", "sums", "means")
+    )
+    images, maps = (batch.num_images, 1), (num_maps, 1)
+    launches = (
+        Launch(
+            kernel="axis_tables",
+            grid=(batch.num_images, 2),
+            arguments=("image_sizes", "sample_starts", *grid_size, "samples", "cell_starts"),
+        ),
+        Launch(
+            kernel="find_peaks",
+            grid=maps,
+            shared_bytes=16 * rows * columns,
+            arguments=(
+                "maps", np.int32(len(batch.maps)), _mirrored_bits(batch), np.int32(num_maps),
+                *grid_size, "map_images", "map_rules", "rules", "image_sizes", "sample_starts",
+                "samples", "cell_starts", np.int32(per_map), *peaks, "extremes",
+            ),
+        ),
+        Launch(
+            kernel="cluster_peaks",
+            grid=images,
+            arguments=(
+                "map_starts", "map_sources", "peak_xy", "peak_counts", np.int32(per_map),
+                np.int32(points_per_cluster), "point_starts", *scratch, "centres", "centre_counts",
+            ),
+        ),
+        Launch(
+            kernel="count_prompts",
+            grid=images,
+            arguments=(
+                "map_starts", "map_sources", "peak_counts", "centre_counts", "image_counts"
+            ),
+        ),
+        Launch(
+            kernel="pack_prompts",
+            grid=images,
+            arguments=(
+                "map_starts", "map_sources", "map_classes", *peaks, np.int32(per_map),
+                "point_starts", "centres", "centre_counts", "image_counts", "frame_scales",
+                np.array((room.points, room.prompts, room.sam_points), BATCH_COUNTS),
+                _PACKED, "totals",
+            ),
+        ),
+    )  # fmt: skip
+    return Plan(
+        inputs=inputs,
+        buffers=_prompt_buffers(batch, inputs, room, per_map),
+        launches=launches,
+        outputs=(*_PACKED, "totals"),
+    )
+
+
+def _mirrored_bits(batch: MapBatch) -> np.uint32:
+    return np.uint32(sum(1 << p for p in set(batch.mirrored_passes)))
+
+
+def _prompt_inputs(
+    batch: MapBatch, cam_peaks: PeakConfig, cross_peaks: PeakConfig, per_map: int
+) -> dict[str, NDArray[Any]]:
+    sizes = np.array([frame.image_size for frame in batch.frames], np.int32)
+    is_cross = batch.map_sources == PromptSource.CROSS
+    cross_of_image = np.bincount(batch.map_images[is_cross], minlength=batch.num_images)
+    return {
+        "maps": batch.maps,
+        "map_images": batch.map_images,
+        "map_sources": batch.map_sources,
+        "map_classes": batch.map_classes,
+        "map_starts": _starts(np.bincount(batch.map_images, minlength=batch.num_images)),
+        "map_rules": is_cross.astype(np.int32),
+        "rules": np.array([_rule(cam_peaks), _rule(cross_peaks)], PEAK_RULE),
+        "image_sizes": sizes,
+        "sample_starts": _starts(sizes.ravel())[:-1],
+        "point_starts": _starts(cross_of_image * per_map),
+        "frame_scales": np.array([_scale(frame) for frame in batch.frames], FRAME_SCALE),
+    }
+
+
+def _prompt_buffers(
+    batch: MapBatch, inputs: Mapping[str, NDArray[Any]], room: PromptCapacity, per_map: int
+) -> dict[str, Buffer]:
+    _, num_maps, rows, columns = batch.maps.shape
+    num_images = batch.num_images
+    cluster_points = int(inputs["point_starts"][-1])
+
+    def ints(*shape: int) -> Buffer:
+        return Buffer(shape=shape, dtype=np.int32)
+
+    def floats(*shape: int) -> Buffer:
+        return Buffer(shape=shape, dtype=np.float32)
+
+    return {
+        "samples": Buffer(shape=(int(inputs["image_sizes"].sum()),), dtype=AXIS_SAMPLE),
+        "cell_starts": ints(num_images, rows + columns + 2),
+        "peak_xy": ints(num_maps, per_map, 2),
+        "peak_scores": floats(num_maps, per_map),
+        "peak_counts": ints(num_maps),
+        "extremes": floats(num_maps, 2),
+        "cluster_xy": ints(cluster_points, 2),
+        "cluster_assigned": ints(cluster_points),
+        "cluster_nearest": Buffer(shape=(cluster_points,), dtype=np.uint32),
+        "cluster_counts": ints(cluster_points),
+        "cluster_sums": Buffer(shape=(cluster_points, 2), dtype=np.uint64),
+        "cluster_means": Buffer(shape=(cluster_points, 2), dtype=np.float64),
+        "centres": ints(cluster_points, 2),
+        "centre_counts": ints(num_images),
+        "image_counts": Buffer(shape=(num_images,), dtype=BATCH_COUNTS),
+        "points": floats(room.points, 2),
+        "scores": floats(room.points),
+        "class_ids": ints(room.points),
+        "sources": ints(room.points),
+        "point_offsets": ints(num_images + 1),
+        "sam_points": floats(room.sam_points, 2),
+        "sam_labels": ints(room.sam_points),
+        "sam_offsets": ints(room.prompts + 1),
+        "image_index": ints(room.prompts),
+        "totals": Buffer(shape=(1,), dtype=BATCH_COUNTS),
+    }
+
+
+def _starts(counts: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    total = int(counts.sum(dtype=np.int64))
+    if total > np.iinfo(np.int32).max:
+        raise ValueError(f"the batch is too large: {total} entries where 2147483647 can be counted")
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+
+
+def _rule(config: PeakConfig) -> tuple[int, float, int, int]:
+    is_l2 = int(config.distance == "l2")
+    return config.kernel_size, config.value_thresh, config.max_candidates, is_l2
+
+
+def _scale(frame: ModelFrame) -> tuple[float, float]:
+    return (
+        frame.valid_size[1] / frame.image_size[1],
+        frame.valid_size[0] / frame.image_size[0],
+    )
+
+
+def read_prompts(outputs: Mapping[str, NDArray[Any]], capacity: PromptCapacity) -> PromptBatch:
+    """The prompts that a plan's launches left in its outputs.
+
+    Raises:
+        InferenceError: They did not fit; nothing of them was written.
+    """
+    needed = outputs["totals"][0]
+    for name in ("points", "prompts", "sam_points"):
+        room = getattr(capacity, name)
+        if needed[name] > room:
+            raise InferenceError(
+                f"the batch has {needed[name]} {name}, the buffer holds {room}: raise "
+                f"PromptCapacity.{name} or send fewer images"
+            )
+    points, prompts, sam_points = (int(needed[n]) for n in ("points", "prompts", "sam_points"))
+    return PromptBatch(
+        prompts=PointPrompts(
+            points=outputs["points"][:points],
+            scores=outputs["scores"][:points],
+            class_ids=outputs["class_ids"][:points],
+            sources=outputs["sources"][:points],
+        ),
+        point_offsets=outputs["point_offsets"],
+        sam_points=outputs["sam_points"][:sam_points],
+        sam_labels=outputs["sam_labels"][:sam_points],
+        sam_offsets=outputs["sam_offsets"][: prompts + 1],
+        image_index=outputs["image_index"][:prompts],
+    )
+
+
+def plan_mask_summary(
+    logits: NDArray[np.float32], mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]
+) -> Plan:
+    """Boxes, stability scores and areas of n >= 1 masks."""
+    num_masks, side = logits.shape[:2]
+    table = [(*f.valid_size, f.model_size, *f.image_size) for f in frames]
+    outputs = ("boxes", "stability", "areas")
+    return Plan(
+        inputs={
+            "logits": logits,
+            "mask_images": mask_images,
+            "frames": np.array(table, MASK_FRAME),
+        },
+        buffers={
+            "boxes": Buffer(shape=(num_masks, 4), dtype=np.float32),
+            "stability": Buffer(shape=(num_masks,), dtype=np.float32),
+            "areas": Buffer(shape=(num_masks,), dtype=np.float32),
+        },
+        launches=(
+            Launch(
+                kernel="summarize_masks",
+                grid=(num_masks, 1),
+                shared_bytes=8 * side,
+                arguments=("logits", np.int32(side), "mask_images", "frames", *outputs),
+            ),
+        ),
+        outputs=outputs,
+    )
+
+
+def read_mask_summary(outputs: Mapping[str, NDArray[Any]]) -> MaskSummary:
+    """The summary that ``plan_mask_summary`` leaves."""
+    return MaskSummary(
+        boxes=outputs["boxes"], stability=outputs["stability"], areas=outputs["areas"]
+    )
+
+
+def plan_nms(
+    boxes: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    labels: NDArray[np.int32],
+    iou_thresh: float,
+) -> Plan:
+    """Suppression within each label of n >= 1 boxes."""
+    num_boxes = len(boxes)
+    num_words = -(-num_boxes // 64)
+    count = np.int32(num_boxes)
+    return Plan(
+        inputs={"boxes": boxes, "scores": scores, "labels": labels},
+        buffers={
+            "order": Buffer(shape=(num_boxes,), dtype=np.int32),
+            "conflicts": Buffer(shape=(num_boxes, num_words), dtype=np.uint64),
+            "kept": Buffer(shape=(num_boxes,), dtype=np.int32),
+            "num_kept": Buffer(shape=(1,), dtype=np.int32),
+        },
+        launches=(
+            Launch(
+                kernel="nms_order",
+                grid=(-(-num_boxes // _THREADS), 1),
+                arguments=("scores", count, "order"),
+            ),
+            Launch(
+                kernel="nms_conflicts",
+                grid=(-(-num_boxes * num_words // _THREADS), 1),
+                arguments=("boxes", "labels", "order", count, np.float32(iou_thresh), "conflicts"),
+            ),
+            Launch(
+                kernel="nms_select",
+                grid=(1, 1),
+                shared_bytes=8 * num_words,
+                arguments=("order", "conflicts", count, "kept", "num_kept"),
+            ),
+        ),
+        outputs=("kept", "num_kept"),
+    )
+
+
+def read_nms(outputs: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+    """Indices of the kept boxes, best first."""
+    return outputs["kept"][: int(outputs["num_kept"][0])].astype(np.int64)
