@@ -55,10 +55,11 @@ def evaluate(
     undefined; only the confusion matrix leaves out detections below ``score_thresh``.
     """
     ap, correct = voc_ap(folder, detections), corloc(folder, detections)
+    coco = coco_ap(folder, detections)
     by_class = {
-        name: {**asdict(class_ap), "corloc": class_corloc}
-        for name, class_ap, class_corloc in zip(
-            folder.class_names, ap.by_class, correct.by_class, strict=True
+        name: {**asdict(class_ap), "corloc": class_corloc, "coco_ap": class_coco}
+        for name, class_ap, class_corloc, class_coco in zip(
+            folder.class_names, ap.by_class, correct.by_class, coco.by_class, strict=True
         )
     }
     report = {
@@ -66,7 +67,7 @@ def evaluate(
         "voc_ap50_11_point": ap.mean_11_point,
         "voc_ap50": ap.mean_all_point,
         "corloc": correct.mean,
-        "coco": coco_ap(folder, detections),
+        "coco": dict(coco.summary),
         "by_class": by_class,
         "errors": {
             name: asdict(error)
@@ -94,17 +95,19 @@ def markdown(report: Mapping[str, Any], *, title: str) -> str:
         "",
         f"{report['num_images']} images. All figures in percent.",
         "",
-        "| class | AP50 | AP50 (11 points) | CorLoc | true boxes | detections |",
-        "| --- | --: | --: | --: | --: | --: |",
+        "| class | AP50 | AP50 (11 points) | COCO AP | CorLoc | true boxes | detections |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
     ]
     for name, row in report["by_class"].items():
         lines.append(
             f"| {name} | {_percent(row['ap_all_point'])} | {_percent(row['ap_11_point'])} "
-            f"| {_percent(row['corloc'])} | {row['num_truth']} | {row['num_detections']} |"
+            f"| {_percent(row['coco_ap'])} | {_percent(row['corloc'])} | {row['num_truth']} "
+            f"| {row['num_detections']} |"
         )
     lines.append(
         f"| **mean** | **{_percent(report['voc_ap50'])}** "
-        f"| **{_percent(report['voc_ap50_11_point'])}** | **{_percent(report['corloc'])}** | | |"
+        f"| **{_percent(report['voc_ap50_11_point'])}** | **{_percent(report['coco']['AP'])}** "
+        f"| **{_percent(report['corloc'])}** | | |"
     )
     coco = ", ".join(
         f"{name} {_percent(value if value >= 0 else None)}"

@@ -107,12 +107,13 @@ def _headline_table(report: Mapping[str, Any]) -> str:
 
 
 def _class_table(report: Mapping[str, Any]) -> str:
-    header = ["class", "AP50", "AP50, 11 points", "CorLoc", "true boxes", "detections"]
+    header = ["class", "AP50", "AP50, 11 points", "COCO AP", "CorLoc", "true boxes", "detections"]
     rows = [
         [
             name,
             _percent(row["ap_all_point"]),
             _percent(row["ap_11_point"]),
+            _percent(row["coco_ap"]),
             _percent(row["corloc"]),
             str(row["num_truth"]),
             str(row["num_detections"]),
