@@ -36,7 +36,9 @@ from weaksam_rt.files import write_json
 class RunConfig:
     """Train the whole chain on tagged images."""
 
-    recipe: Literal["scenes", "animals7", "demo", "folder"]
+    recipe: Literal[
+        "scenes", "animals7", "demo", "folder", "aquarium", "voc07", "voc12", "coco14", "coco17"
+    ]
     """Settings of all stages; see ``training.recipes``."""
     data: Path
     """Training images: a folder with ``images/`` and ``instances.json``."""
