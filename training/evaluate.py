@@ -1,6 +1,7 @@
 """Evaluate detections against a data set: ``python -m training.evaluate --help``.
 
-Writes ``evaluation.json``, ``evaluation.md`` and ``pictures.jpg``.
+Writes ``evaluation.json``, ``evaluation.md``, ``pictures.jpg`` and ``report.html``, one page that
+needs no other file.
 """
 
 import logging
@@ -13,10 +14,13 @@ from typing import Any
 import numpy as np
 import tyro
 
-from training.data.coco import CocoFolder, load_coco_folder
+from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import read_detections
 from training.evaluation.coco_ap import coco_ap
 from training.evaluation.corloc import corloc
+from training.evaluation.error_breakdown import confusion_matrix, error_breakdown
+from training.evaluation.examples import choose_examples, image_quality
+from training.evaluation.html_report import Example, html_page
 from training.evaluation.pictures import Picture, save_contact_sheet
 from training.evaluation.voc_ap import voc_ap
 from weaksam_rt.files import atomic_path, write_json
@@ -38,16 +42,24 @@ class EvaluateConfig:
     num_pictures: int = 25
     """Images on the contact sheet, spread evenly over the set."""
     picture_score_thresh: float = 0.3
-    """Boxes below this score, in [0, 1], are not drawn."""
+    """Boxes below this score, in [0, 1], are not drawn, and do not count in the confusion matrix
+    and in the choice of the best and worst images."""
+    num_examples: int = 8
+    """Best and worst images in the page, of each so many."""
 
 
-def evaluate(folder: CocoFolder, detections: Mapping[int, Detections]) -> dict[str, Any]:
-    """All metrics of ``detections`` on ``folder`` as JSON values in [0, 1], None if undefined."""
+def evaluate(
+    folder: CocoFolder, detections: Mapping[int, Detections], *, score_thresh: float = 0.3
+) -> dict[str, Any]:
+    """All metrics of ``detections`` on ``folder`` as JSON values, shares in [0, 1], None if
+    undefined; only the confusion matrix leaves out detections below ``score_thresh``.
+    """
     ap, correct = voc_ap(folder, detections), corloc(folder, detections)
+    coco = coco_ap(folder, detections)
     by_class = {
-        name: {**asdict(class_ap), "corloc": class_corloc}
-        for name, class_ap, class_corloc in zip(
-            folder.class_names, ap.by_class, correct.by_class, strict=True
+        name: {**asdict(class_ap), "corloc": class_corloc, "coco_ap": class_coco}
+        for name, class_ap, class_corloc, class_coco in zip(
+            folder.class_names, ap.by_class, correct.by_class, coco.by_class, strict=True
         )
     }
     report = {
@@ -55,8 +67,13 @@ def evaluate(folder: CocoFolder, detections: Mapping[int, Detections]) -> dict[s
         "voc_ap50_11_point": ap.mean_11_point,
         "voc_ap50": ap.mean_all_point,
         "corloc": correct.mean,
-        "coco": coco_ap(folder, detections),
+        "coco": dict(coco.summary),
         "by_class": by_class,
+        "errors": {
+            name: asdict(error)
+            for name, error in error_breakdown(folder, detections).errors.items()
+        },
+        "confusion": confusion_matrix(folder, detections, score_thresh=score_thresh).tolist(),
     }
     return _without_nan(report)
 
@@ -78,20 +95,30 @@ def markdown(report: Mapping[str, Any], *, title: str) -> str:
         "",
         f"{report['num_images']} images. All figures in percent.",
         "",
-        "| class | AP50 | AP50 (11 points) | CorLoc | true boxes | detections |",
-        "| --- | --: | --: | --: | --: | --: |",
+        "| class | AP50 | AP50 (11 points) | COCO AP | CorLoc | true boxes | detections |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
     ]
     for name, row in report["by_class"].items():
         lines.append(
             f"| {name} | {_percent(row['ap_all_point'])} | {_percent(row['ap_11_point'])} "
-            f"| {_percent(row['corloc'])} | {row['num_truth']} | {row['num_detections']} |"
+            f"| {_percent(row['coco_ap'])} | {_percent(row['corloc'])} | {row['num_truth']} "
+            f"| {row['num_detections']} |"
         )
     lines.append(
         f"| **mean** | **{_percent(report['voc_ap50'])}** "
-        f"| **{_percent(report['voc_ap50_11_point'])}** | **{_percent(report['corloc'])}** | | |"
+        f"| **{_percent(report['voc_ap50_11_point'])}** | **{_percent(report['coco']['AP'])}** "
+        f"| **{_percent(report['corloc'])}** | | |"
     )
-    coco = ", ".join(f"{name} {_percent(value)}" for name, value in report["coco"].items())
-    return "\n".join([*lines, "", f"COCO: {coco}.", ""])
+    coco = ", ".join(
+        f"{name} {_percent(value if value >= 0 else None)}"
+        for name, value in report["coco"].items()
+    )
+    errors = [
+        f"| {name} | {error['count']} | {_percent(error['ap_gain'])} |"
+        for name, error in report["errors"].items()
+    ]
+    header = ["| error | count | AP50 gained without it |", "| --- | --: | --: |"]
+    return "\n".join([*lines, "", f"COCO: {coco}.", "", *header, *errors, ""])
 
 
 def write_report(
@@ -101,26 +128,34 @@ def write_report(
     *,
     num_pictures: int = 25,
     picture_score_thresh: float = 0.3,
+    num_examples: int = 8,
 ) -> dict[str, Any]:
-    """Write the three files of a report into ``output``; gives back ``evaluate``'s figures."""
-    report = evaluate(folder, detections)
+    """Write the four files of a report into ``output``; gives back ``evaluate``'s figures."""
+    report = evaluate(folder, detections, score_thresh=picture_score_thresh)
     write_json(output / "evaluation.json", report)
     with atomic_path(output / "evaluation.md") as temporary:
         temporary.write_text(markdown(report, title=f"Detections on {folder.root.name}"))
     chosen = np.unique(
         np.linspace(0, len(folder.records) - 1, num_pictures).round().astype(int)
     ) if folder.records else []  # fmt: skip
-    pictures = []
-    for record in (folder.records[index] for index in chosen):
-        found = detections.get(record.image_id, Detections.empty(record.image_size))
-        pictures.append(
-            Picture(
-                image=record.image(),
-                detections=found.take(found.scores >= picture_score_thresh),
-                truth_boxes=record.boxes,
-            )
-        )
+    pictures = [
+        _picture(folder.records[index], detections, picture_score_thresh) for index in chosen
+    ]
     save_contact_sheet(output / "pictures.jpg", pictures, class_names=folder.class_names)
+    examples = choose_examples(
+        folder, detections, count=num_examples, score_thresh=picture_score_thresh
+    )
+    page = html_page(
+        report,
+        title=f"Detections on {folder.root.name}",
+        class_names=folder.class_names,
+        best=[_example(folder.records[i], detections, picture_score_thresh) for i in examples.best],
+        worst=[
+            _example(folder.records[i], detections, picture_score_thresh) for i in examples.worst
+        ],
+    )
+    with atomic_path(output / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return report
 
 
@@ -133,8 +168,28 @@ def main(config: EvaluateConfig) -> None:
         read_detections(config.detections, folder=folder),
         num_pictures=config.num_pictures,
         picture_score_thresh=config.picture_score_thresh,
+        num_examples=config.num_examples,
     )
     _LOGGER.info("\n%s", markdown(report, title=f"{config.detections} on {config.data}"))
+
+
+def _picture(
+    record: ImageRecord, detections: Mapping[int, Detections], score_thresh: float
+) -> Picture:
+    found = detections.get(record.image_id, Detections.empty(record.image_size))
+    return Picture(
+        image=record.image(),
+        detections=found.take(found.scores >= score_thresh),
+        truth_boxes=record.boxes,
+    )
+
+
+def _example(
+    record: ImageRecord, detections: Mapping[int, Detections], score_thresh: float
+) -> Example:
+    picture = _picture(record, detections, score_thresh)
+    quality = image_quality(record, picture.detections, score_thresh=score_thresh)
+    return Example(name=record.path.name, picture=picture, quality=quality)
 
 
 def _percent(value: float | None) -> str:

@@ -128,33 +128,91 @@ def coco_annotations(
 
 
 def statistics(folder: CocoFolder, labels: Mapping[int, Detections]) -> dict[str, Any]:
-    """Counts of pseudo boxes, and how good they are where true boxes are known.
+    """Counts of pseudo boxes over the set, by class and by image, and how good they are where true
+    boxes are known.
 
     ``evaluation_only`` compares with the truth at IoU 0.5 by class; it is None for a set without
     true boxes.
     """
-    per_class = dict.fromkeys(folder.class_names, 0)
-    num_right, num_truth = 0, 0
-    for record in folder.records:
-        found = labels[record.image_id]
-        for label, name in enumerate(folder.class_names):
-            ours = found.boxes[found.labels == label]
-            truth = record.boxes[(record.labels == label) & ~record.is_crowd]
-            per_class[name] += len(ours)
-            num_right += int((greedy_matches(box_iou(truth, ours)) >= 0.5).sum())
-            num_truth += len(truth)
-    num_boxes = sum(per_class.values())
-    comparison = {
-        "precision_iou50": num_right / num_boxes if num_boxes else 0.0,
-        "recall_iou50": num_right / num_truth if num_truth else 0.0,
-        "num_true_boxes": num_truth,
+    by_class = {
+        name: _class_statistics(folder, labels, label)
+        for label, name in enumerate(folder.class_names)
     }
+    boxes_of_images = [len(labels[record.image_id]) for record in folder.records]
+    num_truth = sum(of_class.num_truth for of_class in by_class.values())
+    num_right = sum(of_class.num_right for of_class in by_class.values())
+    num_boxes = sum(boxes_of_images)
     return {
         "num_boxes": num_boxes,
         "boxes_per_image": num_boxes / max(1, len(folder.records)),
-        "images_without_boxes": sum(len(found) == 0 for found in labels.values()),
-        "boxes_per_class": per_class,
-        "evaluation_only": comparison if num_truth else None,
+        "images_without_boxes": boxes_of_images.count(0),
+        "images_by_number_of_boxes": {
+            str(count): boxes_of_images.count(count) for count in sorted(set(boxes_of_images))
+        },
+        "boxes_per_class": {name: of_class.num_boxes for name, of_class in by_class.items()},
+        "by_class": {
+            name: of_class.as_json(is_truth_known=num_truth > 0)
+            for name, of_class in by_class.items()
+        },
+        "evaluation_only": _comparison(num_right, num_boxes, num_truth) if num_truth else None,
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ClassStatistics:
+    num_boxes: int
+    num_tagged_images: int
+    num_tagged_images_without_box: int
+    mean_score: float | None
+    mean_share_of_image: float | None
+    """Area of a box over that of its image."""
+    num_right: int
+    num_truth: int
+
+    def as_json(self, *, is_truth_known: bool) -> dict[str, Any]:
+        comparison = _comparison(self.num_right, self.num_boxes, self.num_truth)
+        return {
+            "num_boxes": self.num_boxes,
+            "num_tagged_images": self.num_tagged_images,
+            "num_tagged_images_without_box": self.num_tagged_images_without_box,
+            "mean_score": self.mean_score,
+            "mean_share_of_image": self.mean_share_of_image,
+            "evaluation_only": comparison if is_truth_known else None,
+        }
+
+
+def _class_statistics(
+    folder: CocoFolder, labels: Mapping[int, Detections], label: int
+) -> _ClassStatistics:
+    scores: list[float] = []
+    shares: list[float] = []
+    num_tagged, num_empty, num_right, num_truth = 0, 0, 0, 0
+    for record in folder.records:
+        found = labels[record.image_id].take(labels[record.image_id].labels == label)
+        truth = record.boxes[(record.labels == label) & ~record.is_crowd]
+        scores += found.scores.tolist()
+        height, width = record.image_size
+        shares += (box_area(found.boxes) / (height * width)).tolist()
+        num_tagged += label in record.tags
+        num_empty += label in record.tags and len(found) == 0
+        num_right += int((greedy_matches(box_iou(truth, found.boxes)) >= 0.5).sum())
+        num_truth += len(truth)
+    return _ClassStatistics(
+        num_boxes=len(scores),
+        num_tagged_images=num_tagged,
+        num_tagged_images_without_box=num_empty,
+        mean_score=float(np.mean(scores)) if scores else None,
+        mean_share_of_image=float(np.mean(shares)) if shares else None,
+        num_right=num_right,
+        num_truth=num_truth,
+    )
+
+
+def _comparison(num_right: int, num_boxes: int, num_truth: int) -> dict[str, Any]:
+    return {
+        "precision_iou50": num_right / num_boxes if num_boxes else 0.0,
+        "recall_iou50": num_right / num_truth if num_truth else 0.0,
+        "num_true_boxes": num_truth,
     }
 
 

@@ -15,7 +15,7 @@ from training.data.coco import load_coco_folder
 from training.data.results import write_detections
 from training.detect import detect_folder
 from training.engine.stage import open_stage
-from training.evaluate import evaluate, summary
+from training.evaluate import summary, write_report
 from training.models.detector_adapter import DetectorAdapter
 from training.retrain_detector import DETECTIONS_NAME, load_detector
 from weaksam_rt.config import DetectionConfig
@@ -56,7 +56,7 @@ def relabel(config: RelabelConfig) -> None:
         config=config.detection,
     )
     write_detections(stage.directory / DETECTIONS_NAME, found, folder=folder)
-    metrics = {"evaluation_only": summary(evaluate(folder, found))}
+    metrics = {"evaluation_only": summary(write_report(stage.directory, folder, found))}
     stage.finish(outputs=[DETECTIONS_NAME], metrics=metrics)
 
 

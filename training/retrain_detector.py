@@ -7,7 +7,7 @@ Writes ``detector.safetensors`` (weights, and the model's config as metadata) an
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import tyro
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from training.data.coco import CocoFolder, load_coco_folder
+from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import write_detections
 from training.data.sampling import epoch_order, repeat_factors
-from training.data.views import FramedImage, ViewConfig, frame_image, random_view
+from training.data.views import FramedImage, TrueBoxes, ViewConfig, frame_image, random_view
 from training.detect import detect_folder
 from training.engine.checkpoint import (
     load_checkpoint,
@@ -34,6 +34,7 @@ from training.engine.stage import Stage, open_stage
 from training.evaluate import summary, write_report
 from training.models.detector_adapter import DetectorAdapter
 from training.models.squeezenet import load_imagenet_squeezenet
+from training.retraining.drop_truth import RoiTruth, drop_counts, drop_report, judge_rois
 from training.retraining.faster_rcnn import DetectorLosses, FasterRcnn, FasterRcnnConfig
 from training.retraining.roi_drop import (
     RoiDropConfig,
@@ -95,6 +96,9 @@ class RetrainDetectorConfig:
     """Folder of this stage."""
     annotations: Path | None = None
     """Boxes to train on instead of the folder's own, for example pseudo boxes."""
+    truth: Path | None = None
+    """True boxes of the same images (COCO annotations), evaluation only: the manifest then says
+    how many of the RoIs that RoI drop left out were really wrong."""
     negatives: Path | None = None
     """Folder of images that show none of the classes: what a detector must stay silent on."""
     val: Path | None = None
@@ -107,7 +111,7 @@ class RetrainDetectorConfig:
 def main(config: RetrainDetectorConfig) -> None:
     """Run the stage."""
     inputs = {"data": config.data}
-    for name in ("annotations", "negatives", "val", "trunk_weights"):
+    for name in ("annotations", "truth", "negatives", "val", "trunk_weights"):
         if (path := getattr(config, name)) is not None:
             inputs[name] = path
     stage = open_stage("retrain_detector", config.output, config=config.recipe, inputs=inputs)
@@ -115,10 +119,14 @@ def main(config: RetrainDetectorConfig) -> None:
         return
     folder = load_coco_folder(config.data, annotations=config.annotations)
     negatives = None if config.negatives is None else load_coco_folder(config.negatives)
-    model = train(stage, folder, config.recipe, config.trunk_weights, negatives)
+    truth = None
+    if config.truth is not None:
+        truth = load_coco_folder(config.data, folder.class_names, annotations=config.truth)
+    model = train(stage, folder, config.recipe, config.trunk_weights, negatives, truth=truth)
     metadata = {"model": asdict(config.recipe.model), "class_names": folder.class_names}
     save_weights(stage.directory / WEIGHTS_NAME, model.state_dict(), metadata)
-    outputs, metrics = [WEIGHTS_NAME], {}
+    outputs: list[str] = [WEIGHTS_NAME]
+    metrics: dict[str, Any] = {"roi_drop": drop_report(stage.metrics())}
     if config.val is not None:
         metrics["val"] = _evaluate(stage, model, config.val, folder.class_names, config.recipe)
         outputs.append(DETECTIONS_NAME)
@@ -150,14 +158,16 @@ def train(
     recipe: DetectorRecipe,
     trunk_weights: Path | None,
     negatives: CocoFolder | None = None,
+    *,
+    truth: CocoFolder | None = None,
 ) -> FasterRcnn:
     """Train from the beginning or from the checkpoint in the stage's folder; gives the model in
-    evaluation mode. Of ``negatives`` the images are read and no boxes.
+    evaluation mode. Of ``negatives`` the images are read and no boxes; ``truth`` only measures.
 
     Raises:
         ValueError: No image has a box.
     """
-    images = load_framed_images(folder, recipe.model.image_size)
+    images = load_framed_images(folder, recipe.model.image_size, truth)
     if not images:
         raise ValueError(f"{folder.root}: no image has a box to train on; check the annotations")
     if negatives is not None:
@@ -192,18 +202,38 @@ def train(
     return model.eval()
 
 
-def load_framed_images(folder: CocoFolder, frame_side: int) -> list[FramedImage]:
-    """All images that have a box, in the model frame, without crowd boxes."""
-    return [
-        frame_image(
-            record.image(),
-            record.boxes[~record.is_crowd],
-            record.labels[~record.is_crowd],
-            frame_side=frame_side,
-        )
-        for record in folder.records
-        if (~record.is_crowd).any()
-    ]
+def load_framed_images(
+    folder: CocoFolder, frame_side: int, truth: CocoFolder | None = None
+) -> list[FramedImage]:
+    """All images that have a box, in the model frame, without crowd boxes; with the true boxes of
+    the same images where ``truth`` is given.
+
+    Raises:
+        ValueError: ``truth`` lacks one of the images.
+    """
+    of_image = {} if truth is None else {record.image_id: record for record in truth.records}
+    images = []
+    for record in folder.records:
+        if not (~record.is_crowd).any():
+            continue
+        framed = _framed(record, frame_side)
+        if truth is not None:
+            if record.image_id not in of_image:
+                raise ValueError(f"the true boxes lack {record.path.name}; give all images")
+            true_image = _framed(of_image[record.image_id], frame_side)
+            true_boxes = TrueBoxes(boxes=true_image.boxes, labels=true_image.labels)
+            framed = replace(framed, truth=true_boxes)
+        images.append(framed)
+    return images
+
+
+def _framed(record: ImageRecord, frame_side: int) -> FramedImage:
+    return frame_image(
+        record.image(),
+        record.boxes[~record.is_crowd],
+        record.labels[~record.is_crowd],
+        frame_side=frame_side,
+    )
 
 
 def load_negatives(folder: CocoFolder, frame_side: int) -> list[FramedImage]:
@@ -244,7 +274,8 @@ def train_step(
             [torch.from_numpy(view.boxes) for view in batch],
             [torch.from_numpy(view.labels) for view in batch],
         )
-    total, scalars = total_loss(losses, recipe.roi_drop, step, num_steps)
+    truth = _truth_of_rois(losses, batch)
+    total, scalars = total_loss(losses, recipe.roi_drop, step, num_steps, truth=truth)
     optimizer.zero_grad()
     total.backward()
     nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
@@ -252,12 +283,28 @@ def train_step(
     return scalars
 
 
+def _truth_of_rois(losses: DetectorLosses, batch: Sequence[FramedImage]) -> RoiTruth | None:
+    truths = [view.truth for view in batch]
+    if all(truth is None for truth in truths):
+        return None
+    # Images of background come without true boxes and have none.
+    none = TrueBoxes(boxes=np.zeros((0, 4), np.float32), labels=np.zeros(0, np.int64))
+    return judge_rois(losses.sampled, [none if truth is None else truth for truth in truths])
+
+
 def total_loss(
-    losses: DetectorLosses, roi_drop: RoiDropConfig, step: int, num_steps: int
+    losses: DetectorLosses,
+    roi_drop: RoiDropConfig,
+    step: int,
+    num_steps: int,
+    *,
+    truth: RoiTruth | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Sum of the four losses with RoI drop once it has begun, and what to log."""
+    counts: dict[str, float] = {}
     if roi_drop.is_active(step, num_steps):
         kept = keep_trusted_rois(losses.rois, roi_drop)
+        counts = drop_counts(losses.rois, kept, truth)
     else:
         kept = keep_all_rois(losses.rois)
     rois = reduce_roi_losses(losses.rois, kept)
@@ -269,6 +316,7 @@ def total_loss(
         "classification": rois.classification.item(),
         "regression": rois.regression.item(),
         **drop_statistics(losses.rois, kept),
+        **counts,
     }
     return total, scalars
 

@@ -36,7 +36,9 @@ from weaksam_rt.files import write_json
 class RunConfig:
     """Train the whole chain on tagged images."""
 
-    recipe: Literal["scenes", "animals7", "demo", "folder"]
+    recipe: Literal[
+        "scenes", "animals7", "demo", "folder", "aquarium", "voc07", "voc12", "coco14", "coco17"
+    ]
     """Settings of all stages; see ``training.recipes``."""
     data: Path
     """Training images: a folder with ``images/`` and ``instances.json``."""
@@ -68,6 +70,9 @@ class RunConfig:
     gave the training images."""
     supervised: bool = False
     """Also train the same detector on the true boxes, without RoI drop: the upper bound."""
+    measure_drop: bool = False
+    """Compare what RoI drop leaves out with the true boxes of ``data``; nothing is learnt from
+    them."""
     num_threads: int = 2
     """CPU threads of torch."""
 
@@ -109,6 +114,7 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
         "pseudo_labels": [read_manifest(r.pseudo_labels)["metrics"] for r in rounds],
         "detectors": [read_manifest(r.detector)["metrics"]["val"] for r in rounds],
         "detector": read_manifest(rounds[-1].detector)["metrics"]["val"],
+        "roi_drop": [read_manifest(r.detector)["metrics"].get("roi_drop") for r in rounds],
     }
     if config.val_proposals:
         report["proposals_val"] = read_manifest(val_proposals)["metrics"]
@@ -200,11 +206,13 @@ def _proposals(config: RunConfig, recipe: ChainRecipe) -> tuple[Path, Path]:
 def _retrain(
     config: RunConfig, recipe: ChainRecipe, output: Path, annotations: Path | None
 ) -> None:
+    is_measured = config.measure_drop and annotations is not None
     retrain_detector.main(
         retrain_detector.RetrainDetectorConfig(
             data=config.data,
             output=output,
             annotations=annotations,
+            truth=config.data / "instances.json" if is_measured else None,
             val=config.val,
             negatives=config.negatives,
             trunk_weights=config.trunk_weights,

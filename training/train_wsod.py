@@ -1,4 +1,4 @@
-"""Train OICR on tags and proposals: ``python -m training.train_wsod --help``.
+"""Train OICR or MIST on tags and proposals: ``python -m training.train_wsod --help``.
 
 Reads images, their tags and proposals; boxes of the data set are used for evaluation only. Writes
 ``wsod.safetensors``, ``detections.json`` (of the training images, for pseudo labels) and, with
@@ -7,8 +7,10 @@ Reads images, their tags and proposals; boxes of the data set are used for evalu
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,17 +28,22 @@ from training.engine.checkpoint import load_checkpoint, save_checkpoint, save_we
 from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
 from training.evaluate import summary, write_report
+from training.models.detector_adapter import decode_boxes
 from training.models.squeezenet import SqueezeNetFeatures, load_imagenet_squeezenet
 from training.models.wsod_detector import (
     RoiDescriber,
     RoiDescriptions,
     WsodDetectorConfig,
     WsodHead,
+    WsodOutputs,
 )
 from training.retrain_detector import rate_factor
+from training.wsod import mist, oicr
 from training.wsod.mil_head import image_loss
-from training.wsod.oicr import OicrConfig, oicr_loss
-from weaksam_rt.boxes import batched_nms
+from training.wsod.mist import MistConfig
+from training.wsod.oicr import OicrConfig
+from training.wsod.refinement import BOX_WEIGHTS, BranchLosses, SelectSeeds, refine
+from weaksam_rt.boxes import batched_nms, box_area, clip_boxes
 from weaksam_rt.types import Detections, Proposals
 
 _LOGGER = logging.getLogger(__name__)
@@ -52,7 +59,13 @@ class WsodRecipe:
     """Everything that decides the result, besides the data."""
 
     model: WsodDetectorConfig = field(default_factory=WsodDetectorConfig)
+    method: Literal["oicr", "mist"] = "oicr"
+    """Which boxes a branch trusts. oicr: the best ones of a class. mist: several separate ones."""
     oicr: OicrConfig = field(default_factory=OicrConfig)
+    mist: MistConfig = field(default_factory=MistConfig)
+    extra_image_sizes: tuple[int, ...] = ()
+    """More sides of the square input in pixels, multiples of 16: training draws from all sizes,
+    detection averages over them. Time and memory grow in proportion."""
     epochs: int = 20
     """Passes over the tagged images."""
     images_per_step: int = 4
@@ -70,7 +83,11 @@ class WsodRecipe:
     max_detections: int = 100
     """Test time: boxes per image."""
     seed: int = 0
-    """Of initial weights, order and mirroring."""
+    """Of initial weights, order and views."""
+
+    def __post_init__(self) -> None:
+        for size in self.extra_image_sizes:
+            replace(self.model, image_size=size)  # checks it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +114,24 @@ class TrainWsodConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WsodView:
+    """One image at one size, as it is or mirrored."""
+
+    boxes: Float[Tensor, "n 4"]
+    """The proposals in the model frame of this view."""
+    descriptions: RoiDescriptions
+    is_mirrored: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class WsodSample:
-    """One image ready to learn from; every field as it is and mirrored."""
+    """One image ready to learn from."""
 
     record: ImageRecord
     boxes: NDArray[np.float32]
     """[n, 4], proposals in pixels of the image."""
-    boxes_model_frame: tuple[Float[Tensor, "n 4"], Float[Tensor, "n 4"]]
-    descriptions: tuple[RoiDescriptions, RoiDescriptions]
+    views: tuple[WsodView, ...]
+    """By size: as it is, then mirrored."""
     tags: Float[Tensor, " c"]
     """1 where the class is in the image, else 0."""
 
@@ -143,8 +170,11 @@ def main(config: TrainWsodConfig) -> None:
 def load_samples(
     folder: CocoFolder, proposals: Path, trunk: SqueezeNetFeatures, recipe: WsodRecipe
 ) -> list[WsodSample]:
-    """All images that have a usable proposal, with their descriptions: about 12 kB a proposal."""
-    describer = RoiDescriber(trunk).to(memory_format=torch.channels_last).eval()
+    """All images that have a usable proposal, with their descriptions: about 12 kB a proposal for
+    each size, about 100 kB more with DropBlock.
+    """
+    describer = RoiDescriber(trunk, keep_cells=recipe.model.drop_block.enabled)
+    describer = describer.to(memory_format=torch.channels_last).eval()
     found = read_proposals(proposals, folder=folder)
     samples = [
         _sample(record, found[record.image_id], describer, recipe, len(folder.class_names))
@@ -171,7 +201,10 @@ def train(
     torch.manual_seed(recipe.seed)
     head = WsodHead(recipe.model, num_classes)
     optimizer = AdamW(
-        head.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+        parameter_groups(head, recipe),
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        fused=True,
     )
     checkpoint = stage.directory / _CHECKPOINT_NAME
     done = 0
@@ -185,9 +218,7 @@ def train(
         task = progress.add_task("train WSOD", total=num_steps, completed=done)
         for step in range(done, num_steps):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * rate_factor(
-                    step, num_steps, recipe.warmup_steps
-                )
+                group["lr"] = group["peak_lr"] * rate_factor(step, num_steps, recipe.warmup_steps)
             scalars = train_step(head, optimizer, _samples_of_step(tagged, recipe, step), recipe)
             stage.log_metrics(step=step, **scalars)
             if (step + 1) % steps_per_epoch == 0:
@@ -198,22 +229,39 @@ def train(
     return head.eval()
 
 
+def parameter_groups(head: WsodHead, recipe: WsodRecipe) -> list[dict[str, Any]]:
+    """The detector and, where it is there, the hiding network with its own rate."""
+    hiding = [] if head.drop_block is None else list(head.drop_block.parameters())
+    is_hiding = {id(parameter) for parameter in hiding}
+    detector = [p for p in head.parameters() if id(p) not in is_hiding]
+    groups = [
+        {"params": detector, "peak_lr": recipe.learning_rate},
+        {"params": hiding, "peak_lr": recipe.model.drop_block.learning_rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def train_step(
     head: WsodHead,
     optimizer: AdamW,
-    chosen: Sequence[tuple[WsodSample, bool]],
+    chosen: Sequence[tuple[WsodSample, WsodView]],
     recipe: WsodRecipe,
 ) -> dict[str, float]:
-    """One optimiser step on (sample, is it mirrored) pairs; gives the scalars to log."""
+    """One optimiser step on samples, each seen in one of its views; gives the scalars to log."""
     optimizer.zero_grad()
     scalars = {"image": 0.0, "refinement": 0.0}
-    for sample, mirrored in chosen:
-        boxes = sample.boxes_model_frame[mirrored]
-        outputs = head(sample.descriptions[mirrored])
+    for sample, view in chosen:
+        outputs = head(view.descriptions)
         of_image = image_loss(outputs.mil_scores, sample.tags)
-        refinement = oicr_loss(
-            outputs.mil_scores, outputs.refinement_logits, boxes, sample.tags, recipe.oicr
-        )
+        of_branches = [
+            weight * branch.mean()
+            for weight, branch in zip(
+                branch_weights(recipe),
+                branch_losses(outputs, view.boxes, sample.tags, recipe),
+                strict=True,
+            )
+        ]
+        refinement = torch.stack(of_branches).sum()
         ((of_image + refinement) / len(chosen)).backward()
         scalars["image"] += of_image.item() / len(chosen)
         scalars["refinement"] += refinement.item() / len(chosen)
@@ -222,15 +270,54 @@ def train_step(
     return scalars
 
 
+def branch_losses(
+    outputs: WsodOutputs, boxes: Float[Tensor, "n 4"], tags: Float[Tensor, " c"], recipe: WsodRecipe
+) -> list[BranchLosses]:
+    """Losses of every RoI in every branch by the recipe's method; ``boxes`` in any frame."""
+    select: SelectSeeds = partial(oicr.select_seeds, config=recipe.oicr)
+    foreground_thresh = recipe.oicr.foreground_thresh
+    if recipe.method == "mist":
+        select = partial(mist.select_seeds, config=recipe.mist)
+        foreground_thresh = recipe.mist.foreground_thresh
+    return refine(
+        outputs.mil_scores,
+        outputs.branches(),
+        boxes,
+        tags,
+        select_seeds=select,
+        foreground_thresh=foreground_thresh,
+    )
+
+
+def branch_weights(recipe: WsodRecipe) -> list[float]:
+    """Weight of each branch's loss."""
+    first = recipe.mist.first_branch_weight if recipe.method == "mist" else 1.0
+    return [first] + [1.0] * (recipe.model.num_refinements - 1)
+
+
 def detect(head: WsodHead, sample: WsodSample, recipe: WsodRecipe) -> Detections:
-    """Detections of one image: scores averaged over both orientations, suppressed by class."""
+    """Detections of one image: scores and boxes averaged over all views, suppressed by class.
+
+    Boxes can be averaged because every view has the same proposals.
+    """
     with torch.inference_mode():
-        both = torch.stack([head(rois).scores() for rois in sample.descriptions])
-    scores = both.mean(dim=0)
+        outputs = [head(view.descriptions) for view in sample.views]
+        scores = torch.stack([of_view.scores() for of_view in outputs]).mean(dim=0)
+        moved = [
+            moved_boxes(sample.boxes, offsets, is_mirrored=view.is_mirrored)
+            for view, of_view in zip(sample.views, outputs, strict=True)
+            if (offsets := of_view.offsets()) is not None
+        ]
     num_classes = scores.shape[1]
-    boxes = np.repeat(sample.boxes, num_classes, axis=0)
+    if moved:
+        mean = torch.stack(moved).mean(dim=0).flatten(0, 1).numpy()
+        boxes = clip_boxes(mean.astype(np.float32), sample.record.image_size)
+    else:
+        boxes = np.repeat(sample.boxes, num_classes, axis=0)
     labels = np.tile(np.arange(num_classes), len(sample.boxes))
     flat = scores.flatten().numpy().astype(np.float32)
+    visible = np.flatnonzero(box_area(boxes) > 0)  # a moved box may have left the image
+    boxes, labels, flat = boxes[visible], labels[visible], flat[visible]
     keep = batched_nms(boxes, flat, labels, recipe.nms_thresh)[: recipe.max_detections]
     return Detections(
         boxes=boxes[keep],
@@ -238,6 +325,21 @@ def detect(head: WsodHead, sample: WsodSample, recipe: WsodRecipe) -> Detections
         labels=labels[keep].astype(np.int64),
         image_size=sample.record.image_size,
     )
+
+
+def moved_boxes(
+    boxes: NDArray[np.float32], offsets: Float[Tensor, "n c 4"], *, is_mirrored: bool
+) -> Float[Tensor, "n c 4"]:
+    """Boxes of the image moved by offsets that were predicted in a view of it.
+
+    Args:
+        boxes: [n, 4], XYXY, pixels.
+        offsets: Relative to the sizes of the boxes, so that the view's scale does not matter.
+        is_mirrored: Left and right are exchanged in the view.
+    """
+    if is_mirrored:
+        offsets = offsets * offsets.new_tensor([-1.0, 1.0, 1.0, 1.0])
+    return decode_boxes(torch.from_numpy(boxes)[:, None], offsets, BOX_WEIGHTS)
 
 
 def _detect(
@@ -267,21 +369,21 @@ def _sample(
 ) -> WsodSample:
     boxes = proposals.boxes[_is_usable(proposals.boxes, recipe.min_side_px)]
     labels = np.zeros(len(boxes), np.int64)
-    framed = frame_image(record.image(), boxes, labels, frame_side=recipe.model.image_size)
-    mirrored = mirror(framed)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        descriptions = [
-            describer(_pixels(view), torch.from_numpy(view.boxes)) for view in (framed, mirrored)
-        ]
+    image = record.image()
+    views = []
+    for size in (recipe.model.image_size, *recipe.extra_image_sizes):
+        framed = frame_image(image, boxes, labels, frame_side=size)
+        views += [_view(framed, describer), _view(mirror(framed), describer, is_mirrored=True)]
     tags = torch.zeros(num_classes)
     tags[list(record.tags)] = 1.0
-    return WsodSample(
-        record=record,
-        boxes=boxes,
-        boxes_model_frame=(torch.from_numpy(framed.boxes), torch.from_numpy(mirrored.boxes)),
-        descriptions=(descriptions[0], descriptions[1]),
-        tags=tags,
-    )
+    return WsodSample(record=record, boxes=boxes, views=tuple(views), tags=tags)
+
+
+def _view(framed: FramedImage, describer: RoiDescriber, *, is_mirrored: bool = False) -> WsodView:
+    boxes = torch.from_numpy(framed.boxes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        descriptions = describer(_pixels(framed), boxes)
+    return WsodView(boxes=boxes, descriptions=descriptions, is_mirrored=is_mirrored)
 
 
 def mirror(framed: FramedImage) -> FramedImage:
@@ -310,15 +412,18 @@ def _is_usable(boxes: NDArray[np.float32], min_side_px: float) -> NDArray[np.boo
 
 def _samples_of_step(
     samples: Sequence[WsodSample], recipe: WsodRecipe, step: int
-) -> list[tuple[WsodSample, bool]]:
-    """Samples and orientations of one step; they depend on the seed and the step only."""
+) -> list[tuple[WsodSample, WsodView]]:
+    """Samples and views of one step; they depend on the seed and the step only."""
     steps_per_epoch = -(-len(samples) // recipe.images_per_step)
     epoch, position = divmod(step, steps_per_epoch)
     generator = np.random.default_rng((recipe.seed, epoch))
     order = generator.permutation(len(samples))
-    mirrored = generator.random(len(samples)) < 0.5
+    draws = generator.random(len(samples))
     chosen = order[position * recipe.images_per_step : (position + 1) * recipe.images_per_step]
-    return [(samples[index], bool(mirrored[index])) for index in chosen]
+    return [
+        (samples[index], samples[index].views[-1 - int(draws[index] * len(samples[index].views))])
+        for index in chosen
+    ]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,16 @@ from weaksam_rt.preprocessing import resize_for_detector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrueBoxes:
+    """What is really there, where the boxes to learn from are pseudo boxes."""
+
+    boxes: NDArray[np.float32]
+    """[m, 4], XYXY in the model frame."""
+    labels: NDArray[np.int64]
+    """[m]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FramedImage:
     """An image in the model frame: longest side scaled to the frame's side, top-left aligned,
     zeros elsewhere.
@@ -24,6 +34,8 @@ class FramedImage:
     """[n, 4], XYXY in the model frame."""
     labels: NDArray[np.int64]
     """[n]."""
+    truth: TrueBoxes | None = None
+    """To measure with, never to learn from; moves with the boxes in random views."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +101,16 @@ def random_view(
     boxes, labels = _visible(
         _transform_boxes(framed.boxes, matrix), framed.labels, size, config.min_visible
     )
-    return FramedImage(pixels=pixels, valid_size=size, boxes=boxes, labels=labels)
+    truth = None
+    if framed.truth is not None:
+        true_boxes, true_labels = _visible(
+            _transform_boxes(framed.truth.boxes, matrix),
+            framed.truth.labels,
+            size,
+            config.min_visible,
+        )
+        truth = TrueBoxes(boxes=true_boxes, labels=true_labels)
+    return FramedImage(pixels=pixels, valid_size=size, boxes=boxes, labels=labels, truth=truth)
 
 
 def recolour(

@@ -41,6 +41,21 @@ class Stage:
         with (self.directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``, by ascending step; of a step that was repeated after a
+        kill the last one. Empty where nothing was logged.
+        """
+        path = self.directory / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        of_step = {}
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # a kill can cut a line; its step was repeated
+                continue
+            of_step[entry["step"]] = entry
+        return [of_step[step] for step in sorted(of_step)]
+
     def finish(self, *, outputs: Sequence[str], metrics: Mapping[str, Any] | None = None) -> None:
         """Write the manifest: the stage is finished when this file exists.
 

@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
+from numpy.typing import NDArray
 
 from training.data.coco import CocoFolder
 from weaksam_rt.boxes import box_area, box_xywh_from_xyxy
@@ -14,20 +16,52 @@ from weaksam_rt.types import Detections
 _LOGGER = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-"""What ``coco_ap`` returns; each in [0, 1], or -1 where no object of that size exists."""
+"""Parts of ``CocoAp.summary``."""
 
 
-def coco_ap(folder: CocoFolder, detections: Mapping[int, Detections]) -> dict[str, float]:
-    """COCO AP (mean over IoU 0.5 to 0.95, at most 100 boxes an image) and its parts."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CocoAp:
+    """COCO AP: mean over IoU 0.5 to 0.95, at most 100 boxes an image."""
+
+    summary: Mapping[str, float]
+    """By ``METRICS``; each in [0, 1], or -1 where no object of that size exists."""
+    by_class: tuple[float, ...]
+    """AP in [0, 1] in the order of ``CocoFolder.class_names``; nan where no image has the class."""
+
+
+def coco_ap(folder: CocoFolder, detections: Mapping[int, Detections]) -> CocoAp:
+    """COCO AP of ``detections`` (by image id) on ``folder`` and its parts; 0 without detections."""
     truth, results = coco_truth(folder), coco_results(detections)
     if not results:
-        return dict.fromkeys(METRICS, 0.0)
+        occurring = {a["category_id"] for a in truth["annotations"] if not a["iscrowd"]}
+        return CocoAp(
+            summary=dict.fromkeys(METRICS, 0.0),
+            by_class=tuple(
+                0.0 if label + 1 in occurring else float("nan")
+                for label in range(len(folder.class_names))
+            ),
+        )
     api = COCO(truth)
     evaluation = COCOeval_faster(api, api.loadRes(results), "bbox", print_function=_LOGGER.debug)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    return {name: float(v) for name, v in zip(METRICS, evaluation.stats[:6], strict=True)}
+    stats = evaluation.stats[:6]
+    return CocoAp(
+        summary={name: float(value) for name, value in zip(METRICS, stats, strict=True)},
+        by_class=_by_class(evaluation.eval["precision"]),
+    )
+
+
+def _by_class(precision: NDArray[np.float64]) -> tuple[float, ...]:
+    """Mean over thresholds and recalls of [threshold, recall, class, area, limit], for all areas
+    and 100 boxes; -1 there means that the class has no object.
+    """
+    of_classes = precision[:, :, :, 0, -1]
+    return tuple(
+        float(of_class.mean()) if (of_class > -1).all() else float("nan")
+        for of_class in np.moveaxis(of_classes, 2, 0)
+    )
 
 
 def coco_truth(folder: CocoFolder) -> dict[str, Any]:

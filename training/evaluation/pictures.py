@@ -43,14 +43,16 @@ def save_contact_sheet(
     sheet = Image.new("RGB", (num_columns * pitch, num_rows * pitch), (32, 32, 32))
     for index, picture in enumerate(pictures):
         row, column = divmod(index, num_columns)
-        sheet.paste(_cell(picture, class_names, cell_px), (column * pitch, row * pitch))
+        cell = draw_picture(picture, class_names=class_names, longest_px=cell_px)
+        sheet.paste(cell, (column * pitch, row * pitch))
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="JPEG" if path.suffix == ".jpg" else "PNG", quality=85)
 
 
-def _cell(picture: Picture, class_names: Sequence[str], cell_px: int) -> Image.Image:
+def draw_picture(picture: Picture, *, class_names: Sequence[str], longest_px: int) -> Image.Image:
+    """The image with its boxes, its longer side scaled to ``longest_px``."""
     image = Image.fromarray(picture.image)
-    scale = cell_px / max(image.size)
+    scale = longest_px / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     found = picture.detections
     cell = draw_instances(

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.coco import CocoFolder
+from training.data.coco import CocoFolder, ImageRecord
 from weaksam_rt.boxes import box_iou
 from weaksam_rt.types import Detections
+
+WRONG, RIGHT, IGNORED = 0, 1, 2
+"""Outcomes of a detection; ignored ones lie on a crowd box."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +97,7 @@ def _class_ap(
         members = members[np.argsort(-found.scores[members], kind="stable")]
         scores.append(found.scores[members].astype(np.float64))
         iou = box_iou(found.boxes[members], record.boxes[of_class])
-        outcomes.append(_match(iou, record.is_crowd[of_class], iou_thresh))
+        outcomes.append(match_detections(iou, record.is_crowd[of_class], iou_thresh))
     order = np.argsort(-np.concatenate(scores), kind="stable")
     outcome = np.concatenate(outcomes)[order]
     if num_truth == 0:
@@ -102,8 +105,8 @@ def _class_ap(
         return ClassAp(
             ap_11_point=nothing, ap_all_point=nothing, num_truth=0, num_detections=len(outcome)
         )
-    outcome = outcome[outcome != _IGNORED]
-    right = np.cumsum(outcome == _RIGHT)
+    outcome = outcome[outcome != IGNORED]
+    right = np.cumsum(outcome == RIGHT)
     recall, precision = right / num_truth, right / np.arange(1, len(right) + 1)
     return ClassAp(
         ap_11_point=ap_11_point(recall, precision),
@@ -113,14 +116,20 @@ def _class_ap(
     )
 
 
-_WRONG, _RIGHT, _IGNORED = 0, 1, 2
-
-
-def _match(
+def match_detections(
     iou: NDArray[np.float32], is_crowd: NDArray[np.bool_], iou_thresh: float
 ) -> NDArray[np.int8]:
-    """Outcome of each detection of one image, best score first; ``iou`` is [detection, truth]."""
-    outcome = np.full(len(iou), _WRONG, dtype=np.int8)
+    """Outcome of each detection of one class in one image.
+
+    Args:
+        iou: [n, m], detections (best score first) by true boxes.
+        is_crowd: [m].
+        iou_thresh: In (0, 1].
+
+    Returns:
+        [n], ``WRONG``, ``RIGHT`` or ``IGNORED``. A right detection has the box it overlaps best.
+    """
+    outcome = np.full(len(iou), WRONG, dtype=np.int8)
     if iou.shape[1] == 0:
         return outcome
     taken = np.zeros(iou.shape[1], dtype=bool)
@@ -129,10 +138,20 @@ def _match(
         if row[best] < iou_thresh:
             continue
         if is_crowd[best]:
-            outcome[index] = _IGNORED
+            outcome[index] = IGNORED
         elif not taken[best]:
-            outcome[index] = _RIGHT
+            outcome[index] = RIGHT
             taken[best] = True
+    return outcome
+
+
+def match_by_class(record: ImageRecord, found: Detections, iou_thresh: float) -> NDArray[np.int8]:
+    """Outcome of each detection of one image, [n]; ``found`` has the best score first."""
+    outcome = np.full(len(found), WRONG, dtype=np.int8)
+    for label in np.unique(found.labels):
+        members, truth = found.labels == label, record.labels == label
+        iou = box_iou(found.boxes[members], record.boxes[truth])
+        outcome[members] = match_detections(iou, record.is_crowd[truth], iou_thresh)
     return outcome
 
 

@@ -5,7 +5,7 @@ The trunk is pretrained and never trained here, so an image's proposals are desc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,9 @@ from torch.nn import functional
 
 from training.models.roi_pooling import ROI_SIZE, pool_rois
 from training.models.squeezenet import PIXEL_MEAN, PIXEL_STD, SqueezeNetFeatures
+from training.wsod.drop_block import ConcreteDropBlock, DropBlockConfig
 from training.wsod.mil_head import MilHead
+from training.wsod.refinement import BranchOutputs
 
 STRIDES = (8, 16)
 """Pixels per cell of the maps that proposals are described from: shape and class."""
@@ -33,9 +35,15 @@ class WsodDetectorConfig:
     dropout: float = 0.5
     """Share of hidden units dropped while training, in [0, 1)."""
     num_refinements: int = 3
-    """OICR branches."""
+    """Refinement branches, at least 1."""
+    box_regression: bool = False
+    """The branches also move boxes, by class."""
+    drop_block: DropBlockConfig = field(default_factory=DropBlockConfig)
+    """Hides parts of objects while training."""
 
     def __post_init__(self) -> None:
+        if self.num_refinements < 1:
+            raise ValueError(f"num_refinements must be at least 1, got {self.num_refinements}")
         if self.image_size % max(STRIDES):
             raise ValueError(
                 f"image_size must be a multiple of {max(STRIDES)}, got {self.image_size}"
@@ -52,6 +60,8 @@ class RoiDescriptions:
     max_inside: Float[Tensor, "n d"]
     mean_around: Float[Tensor, "n d"]
     """Over a frame around the box, a fifth of its sides wide."""
+    cells: Float[Tensor, "n 5 5 d"] | None = None
+    """What ``mean_inside`` and ``max_inside`` summarise, not normalised; only for DropBlock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,23 @@ class WsodOutputs:
     """In [0, 1]."""
     refinement_logits: list[Float[Tensor, "n k"]]
     """By branch, background first."""
+    refinement_offsets: list[Float[Tensor, "n k 4"]] = field(default_factory=list)
+    """By branch; empty without box regression."""
+
+    def branches(self) -> list[BranchOutputs]:
+        """The same by branch, for ``training.wsod.refinement``."""
+        if not self.refinement_offsets:
+            return [BranchOutputs(logits=logits) for logits in self.refinement_logits]
+        return [
+            BranchOutputs(logits=logits, offsets=offsets)
+            for logits, offsets in zip(self.refinement_logits, self.refinement_offsets, strict=True)
+        ]
+
+    def offsets(self) -> Float[Tensor, "n c 4"] | None:
+        """Test-time encoded boxes by class: the mean of the branches, without background."""
+        if not self.refinement_offsets:
+            return None
+        return torch.stack(self.refinement_offsets).mean(dim=0)[:, 1:]
 
     def scores(self) -> Float[Tensor, "n c"]:
         """Test-time scores in [0, 1]: the mean of the branches' softmaxes, without background."""
@@ -75,8 +102,9 @@ class RoiDescriber(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, trunk: SqueezeNetFeatures) -> None:
+    def __init__(self, trunk: SqueezeNetFeatures, *, keep_cells: bool = False) -> None:
         super().__init__()
+        self.keep_cells = keep_cells
         self.trunk = trunk.requires_grad_(False)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).reshape(1, 3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).reshape(1, 3, 1, 1))
@@ -90,7 +118,7 @@ class RoiDescriber(nn.Module):
         maps = (pyramid.stride8.float(), pyramid.stride16.float())
         return concatenate(
             [
-                describe_rois(features, boxes, stride=stride)
+                describe_rois(features, boxes, stride=stride, keep_cells=self.keep_cells)
                 for features, stride in zip(maps, STRIDES, strict=True)
             ]
         )
@@ -119,14 +147,35 @@ class WsodHead(nn.Module):
         self.refinements = nn.ModuleList(
             nn.Linear(config.head_width, num_classes + 1) for _ in range(config.num_refinements)
         )
+        self.regressions = nn.ModuleList(
+            _offset_layer(config.head_width, num_classes)
+            for _ in range(config.num_refinements if config.box_regression else 0)
+        )
+        self.drop_block = (
+            ConcreteDropBlock(num_features, config.drop_block)
+            if config.drop_block.enabled
+            else None
+        )
 
     def forward(self, rois: RoiDescriptions) -> WsodOutputs:
-        """Answers for the proposals of one image, at least one."""
+        """Answers for the proposals of one image, at least one.
+
+        Raises:
+            ValueError: DropBlock is on and the descriptions have no cells.
+        """
+        if self.drop_block is not None and self.training:
+            if rois.cells is None:
+                raise ValueError("DropBlock needs the cells; describe RoIs with keep_cells=True")
+            keep = self.drop_block(rois.cells.float())
+            rois = describe_kept_cells(rois, keep)
         inside, around = rois.mean_inside.float(), rois.mean_around.float()
         hidden = self.hidden(torch.cat([inside, rois.max_inside.float(), around], dim=1))
         return WsodOutputs(
             mil_scores=self.mil(inside, around),
             refinement_logits=[branch(hidden) for branch in self.refinements],
+            refinement_offsets=[
+                branch(hidden).unflatten(1, (-1, 4)) for branch in self.regressions
+            ],
         )
 
 
@@ -139,30 +188,73 @@ def enlarge(boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
 
 
 def describe_rois(
-    features: Float[Tensor, "1 d h w"], boxes: Float[Tensor, "n 4"], *, stride: int
+    features: Float[Tensor, "1 d h w"],
+    boxes: Float[Tensor, "n 4"],
+    *,
+    stride: int,
+    keep_cells: bool = False,
 ) -> RoiDescriptions:
     """Summaries of a map inside and around boxes (XYXY, model frame), each normalised over its
     channels.
     """
     pooled = pool_rois(features, enlarge(boxes)[None], stride=stride)[0]  # [n, 7, 7, d]
     inner = slice(_FRAME_CELLS, ROI_SIZE - _FRAME_CELLS)
-    inside = pooled[:, inner, inner].flatten(1, 2)  # [n, 25, d]
+    cells = pooled[:, inner, inner]  # [n, 5, 5, d]
+    inside = cells.flatten(1, 2)
     num_around = ROI_SIZE**2 - inside.shape[1]
     around = (pooled.sum(dim=(1, 2)) - inside.sum(dim=1)) / num_around
     return RoiDescriptions(
         mean_inside=_normalised(inside.mean(dim=1)),
         max_inside=_normalised(inside.amax(dim=1)),
         mean_around=_normalised(around),
+        cells=cells.bfloat16() if keep_cells else None,
+    )
+
+
+def describe_kept_cells(rois: RoiDescriptions, keep: Float[Tensor, "n 5 5"]) -> RoiDescriptions:
+    """The descriptions again, of the kept cells only; the surroundings stay.
+
+    Args:
+        rois: With cells, none of which is negative (the trunk's maps end in a ReLU).
+        keep: 1 for a cell that counts, else 0; at least one 1 for each RoI. Gradients flow into
+            it.
+
+    Returns:
+        Descriptions without cells; those of ``describe_rois`` up to rounding where all is kept.
+        The mean is over the kept cells: what is left is not made weaker.
+    """
+    assert rois.cells is not None
+    weights = keep.flatten(1)[:, :, None]  # [n, 25, 1]
+    kept = rois.cells.float().flatten(1, 2) * weights
+    return RoiDescriptions(
+        mean_inside=_normalised_by_map(kept.sum(dim=1) / weights.sum(dim=1)),
+        max_inside=_normalised_by_map(kept.amax(dim=1)),
+        mean_around=rois.mean_around,
     )
 
 
 def concatenate(parts: Sequence[RoiDescriptions]) -> RoiDescriptions:
     """Descriptions of the same boxes from several maps, side by side."""
+    cells = [part.cells for part in parts if part.cells is not None]
     return RoiDescriptions(
         mean_inside=torch.cat([part.mean_inside for part in parts], dim=1),
         max_inside=torch.cat([part.max_inside for part in parts], dim=1),
         mean_around=torch.cat([part.mean_around for part in parts], dim=1),
+        cells=torch.cat(cells, dim=3) if len(cells) == len(parts) else None,
     )
+
+
+def _offset_layer(in_features: int, num_classes: int) -> nn.Linear:
+    """Starts with boxes that stay where they are, nearly."""
+    layer = nn.Linear(in_features, 4 * (num_classes + 1))
+    nn.init.normal_(layer.weight, std=1e-3)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _normalised_by_map(x: Tensor) -> Tensor:
+    parts = x.split(SqueezeNetFeatures.out_channels[1:], dim=1)
+    return torch.cat([functional.layer_norm(part, part.shape[-1:]) for part in parts], dim=1)
 
 
 def _normalised(x: Tensor) -> Tensor:

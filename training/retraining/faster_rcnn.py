@@ -100,12 +100,25 @@ class PooledRois:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampledRois:
+    """The RoIs that a batch learns from, in the order of their losses."""
+
+    boxes: tuple[Float[Tensor, "_ 4"], ...]
+    """By image, XYXY in the model frame."""
+    labels: Int64[Tensor, " r"]
+    """0 is background, class c has c + 1."""
+    matched: Float[Tensor, "r 4"]
+    """The box to learn from that each RoI overlaps best; meaningless for background."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DetectorLosses:
     """Losses of a batch; the RoI losses are not reduced, so that the loop may drop some."""
 
     objectness: Float[Tensor, ""]
     rpn_box: Float[Tensor, ""]
     rois: RoiLosses
+    sampled: SampledRois
 
 
 class FeaturePyramid(nn.Module):
@@ -259,12 +272,13 @@ class FasterRcnn(nn.Module):
             {str(stride): level for stride, level in zip(STRIDES, features.levels, strict=True)},
             targets,
         )
-        rois, roi_labels, roi_targets = self._sampler.sample(proposals, targets)
-        logits, offsets = self.box_head(pool_sampled_rois(features, rois))
+        sampled, roi_targets = self._sampler.sample(proposals, targets)
+        logits, offsets = self.box_head(pool_sampled_rois(features, sampled.boxes))
         return DetectorLosses(
             objectness=rpn_losses["loss_objectness"],
             rpn_box=rpn_losses["loss_rpn_box_reg"],
-            rois=roi_losses(logits, offsets, roi_labels, roi_targets),
+            rois=roi_losses(logits, offsets, sampled.labels, roi_targets),
+            sampled=sampled,
         )
 
 
@@ -323,9 +337,17 @@ class _RoiSampler(RoIHeads):  # type: ignore[misc]
 
     def sample(
         self, proposals: list[Tensor], targets: list[dict[str, Tensor]]
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        rois, _, labels, encoded = self.select_training_samples(proposals, targets)
-        return rois, torch.cat(labels), torch.cat(encoded)
+    ) -> tuple[SampledRois, Tensor]:
+        """The RoIs, and the encoded boxes that they shall be moved onto."""
+        rois, matches, labels, encoded = self.select_training_samples(proposals, targets)
+        matched = [
+            target["boxes"][match] if len(target["boxes"]) else boxes
+            for target, match, boxes in zip(targets, matches, rois, strict=True)
+        ]
+        sampled = SampledRois(
+            boxes=tuple(rois), labels=torch.cat(labels), matched=torch.cat(matched)
+        )
+        return sampled, torch.cat(encoded)
 
 
 def _conv_norm(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Module:

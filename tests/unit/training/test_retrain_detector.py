@@ -1,3 +1,6 @@
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +8,7 @@ import torch
 import training.retrain_detector as stage_module
 from training.data.coco import load_coco_folder
 from training.detect import detect_folder
-from training.engine.checkpoint import save_weights
+from training.engine.checkpoint import load_weights, save_weights
 from training.engine.stage import open_stage, read_manifest
 from training.generate_scenes import GenerateScenesConfig, generate_scenes
 from training.models.detector_adapter import CandidateConfig, DetectorAdapter
@@ -23,8 +26,10 @@ from training.retrain_detector import (
     train_step,
 )
 from training.retraining.faster_rcnn import FasterRcnn, FasterRcnnConfig
+from training.retraining.roi_drop import RoiDropConfig
 from weaksam_rt.config import DetectionConfig
 from weaksam_rt.errors import ArtifactError
+from weaksam_rt.files import write_json
 
 _RECIPE = DetectorRecipe(
     model=FasterRcnnConfig(
@@ -84,6 +89,45 @@ def test_the_command_trains_evaluates_and_is_skipped_when_done(scenes, tmp_path)
     written = (tmp_path / "run" / WEIGHTS_NAME).stat().st_mtime_ns
     main(config)
     assert (tmp_path / "run" / WEIGHTS_NAME).stat().st_mtime_ns == written
+
+
+def test_true_boxes_measure_the_drop_and_change_no_weight(scenes, tmp_path):
+    """Pseudo boxes of the wrong class are trained on; the true boxes are known."""
+    pseudo = json.loads((scenes / "train" / "instances.json").read_text())
+    for annotation in pseudo["annotations"][::2]:
+        annotation["category_id"] = annotation["category_id"] % len(pseudo["categories"]) + 1
+    write_json(tmp_path / "pseudo.json", pseudo)
+    drop = RoiDropConfig(start_fraction=0.5, classification_thresh=0.0, regression_thresh=0.0)
+    config = RetrainDetectorConfig(
+        data=scenes / "train",
+        annotations=tmp_path / "pseudo.json",
+        output=tmp_path / "blind",
+        recipe=dataclasses.replace(_RECIPE, roi_drop=drop),
+    )
+    main(config)
+    measured = dataclasses.replace(
+        config, output=tmp_path / "measured", truth=scenes / "train" / "instances.json"
+    )
+    main(measured)
+    blind, seeing = (load_weights(c.output / WEIGHTS_NAME) for c in (config, measured))
+    assert all(torch.equal(blind[name], seeing[name]) for name in blind)
+    assert read_manifest(config.output)["metrics"]["roi_drop"]["classification"] == {
+        "num_rois": 32,  # two steps of two images with eight RoIs
+        "num_dropped": 32,  # every loss is above 0
+        "evaluation_only": None,
+    }
+    report = read_manifest(measured.output)["metrics"]["roi_drop"]["classification"]
+    comparison = report["evaluation_only"]
+    assert comparison["recall"] == 1.0
+    assert 0 < comparison["precision"] < 1
+    assert comparison["precision"] == comparison["wrong_share"]  # everything was dropped
+
+
+def test_true_boxes_of_other_images_are_refused(scenes):
+    folder = load_coco_folder(scenes / "train")
+    fewer = dataclasses.replace(folder, records=folder.records[1:])
+    with pytest.raises(ValueError, match="true boxes lack"):
+        load_framed_images(folder, 64, fewer)
 
 
 def test_views_depend_on_seed_and_step_only(scenes):

@@ -39,6 +39,7 @@ def _tiny_recipe():
         detector=dataclasses.replace(
             recipe.detector,
             epochs=1,
+            batch_size=2,
             model=dataclasses.replace(recipe.detector.model, image_size=96),
         ),
     )
@@ -62,6 +63,7 @@ def finished(tmp_path_factory):
         trunk_weights=_TRUNK,
         rounds=2,
         supervised=True,
+        measure_drop=True,
     )
     return config, run(config, _tiny_recipe())
 
@@ -75,6 +77,13 @@ def test_every_stage_reports_its_figures(finished):
     assert (config.output / "summary.json").is_file()
     for stage in ("detector", "detector_2"):
         assert (config.output / stage / "detector.safetensors").is_file()
+
+
+def test_what_roi_drop_leaves_out_is_compared_with_the_truth(finished):
+    _, report = finished
+    assert len(report["roi_drop"]) == 2
+    for of_round in report["roi_drop"]:
+        assert 0 <= of_round["classification"]["evaluation_only"]["wrong_share"] <= 1
 
 
 def test_finished_stages_are_skipped(finished):

@@ -57,3 +57,17 @@ def test_metrics_are_appended_as_json_lines(tmp_path):
     stage.log_metrics(step=2, loss=1.0)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [2.0, 1.0]
+
+
+def test_logged_scalars_are_read_by_step_also_after_a_kill(tmp_path):
+    source = tmp_path / "input.txt"
+    source.write_text("data")
+    stage = open_stage("make", tmp_path / "run", config=_Config(), inputs={"data": source})
+    assert stage.metrics() == []
+    stage.log_metrics(step=0, loss=3.0)
+    stage.log_metrics(step=1, loss=2.0)
+    with (stage.directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo\n')  # cut by the kill
+    stage.log_metrics(step=1, loss=2.5)
+    stage.log_metrics(step=2, loss=1.0)
+    assert [entry["loss"] for entry in stage.metrics()] == [3.0, 2.5, 1.0]

@@ -1,7 +1,9 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from training.data.views import ViewConfig, frame_image, random_view
+from training.data.views import TrueBoxes, ViewConfig, frame_image, random_view
 
 
 def _image_with_a_box():
@@ -79,3 +81,16 @@ def test_equal_seeds_give_equal_views():
 def test_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match="scales"):
         ViewConfig(min_scale=2.0, max_scale=1.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_true_boxes_move_with_the_boxes_and_change_nothing_else(seed):
+    framed = frame_image(*_image_with_a_box(), frame_side=96)
+    truth = TrueBoxes(boxes=framed.boxes.copy(), labels=np.array([5]))
+    view = random_view(framed, ViewConfig(), np.random.default_rng(seed))
+    measured = dataclasses.replace(framed, truth=truth)
+    seen = random_view(measured, ViewConfig(), np.random.default_rng(seed))
+    np.testing.assert_array_equal(seen.pixels, view.pixels)
+    np.testing.assert_array_equal(seen.truth.boxes, view.boxes)
+    assert seen.truth.labels.tolist() == [5] * len(view.boxes)
+    assert view.truth is None

@@ -133,13 +133,27 @@ def test_coco_ap_equals_pycocotools(seed):
     reference.accumulate()
     reference.summarize()
     ours = coco_ap(folder, found)
-    assert 0.1 < ours["AP"] < 1
-    np.testing.assert_allclose([ours[m] for m in METRICS], reference.stats[:6], atol=1e-6)
+    assert 0.1 < ours.summary["AP"] < 1
+    np.testing.assert_allclose([ours.summary[m] for m in METRICS], reference.stats[:6], atol=1e-6)
+    # [threshold, recall, class, area, limit]: all areas, 100 boxes
+    by_class = reference.eval["precision"][:, :, :, 0, 2].mean(axis=(0, 1))
+    np.testing.assert_allclose(ours.by_class, by_class, atol=1e-6)
+    assert np.mean(ours.by_class) == pytest.approx(ours.summary["AP"])
 
 
 def test_without_detections_coco_ap_is_zero():
     folder, _ = _random_case(0)
-    assert coco_ap(folder, {}) == dict.fromkeys(METRICS, 0.0)
+    nothing = coco_ap(folder, {})
+    assert nothing.summary == dict.fromkeys(METRICS, 0.0)
+    assert nothing.by_class == (0.0, 0.0)
+
+
+def test_a_class_without_objects_has_no_coco_ap():
+    folder = _folder(_record(1, [_A], [0]))
+    for found in ({}, {1: _detections([_A, _B], [0.9, 0.8], [0, 1])}):
+        by_class = coco_ap(folder, found).by_class
+        assert by_class[0] == (1.0 if found else 0.0)
+        assert np.isnan(by_class[1])
 
 
 def test_the_report_has_json_values_only_and_a_table_row_per_class():
@@ -148,5 +162,5 @@ def test_the_report_has_json_values_only_and_a_table_row_per_class():
     assert report["voc_ap50"] == 1.0
     assert report["by_class"]["dog"]["ap_all_point"] is None
     page = markdown(report, title="T")
-    assert "| cat | 100.0 | 100.0 | 100.0 | 1 | 1 |" in page
-    assert "| dog | - | - | - | 0 | 0 |" in page
+    assert "| cat | 100.0 | 100.0 | 100.0 | 100.0 | 1 | 1 |" in page
+    assert "| dog | - | - | - | - | 0 | 0 |" in page

@@ -86,3 +86,52 @@ def test_statistics_count_wrong_and_missed_boxes(data):
     assert result["evaluation_only"]["precision_iou50"] == 0.5
     num_truth = sum(len(record.boxes) for record in folder.records)
     assert result["evaluation_only"]["recall_iou50"] == pytest.approx(1 / num_truth)
+
+
+def test_statistics_say_which_classes_and_images_got_boxes(data):
+    folder = load_coco_folder(data)
+    found = {record.image_id: _true_and_wrong(record) for record in folder.records}
+    first, *others = folder.records
+    chosen = {record.image_id: Detections.empty(record.image_size) for record in others}
+    chosen[first.image_id] = found[first.image_id].take(np.array([0]))
+    result = statistics(folder, chosen)
+    assert result["images_by_number_of_boxes"] == {"0": len(others), "1": 1}
+    label = int(first.labels[0])
+    of_class = result["by_class"][folder.class_names[label]]
+    tagged = sum(label in record.tags for record in folder.records)
+    height, width = first.image_size
+    sides = first.boxes[0, 2:] - first.boxes[0, :2]
+    assert of_class == {
+        "num_boxes": 1,
+        "num_tagged_images": tagged,
+        "num_tagged_images_without_box": tagged - 1,
+        "mean_score": pytest.approx(0.8),
+        "mean_share_of_image": pytest.approx(float(sides.prod()) / (height * width), rel=1e-5),
+        "evaluation_only": {
+            "precision_iou50": 1.0,
+            "recall_iou50": 1 / sum((r.labels == label).sum() for r in folder.records),
+            "num_true_boxes": sum((r.labels == label).sum() for r in folder.records),
+        },
+    }
+
+
+def test_without_true_boxes_nothing_is_compared(data):
+    folder = load_coco_folder(data)
+    bare = dataclasses.replace(
+        folder,
+        records=tuple(
+            dataclasses.replace(
+                r,
+                boxes=r.boxes[:0],
+                labels=r.labels[:0],
+                is_crowd=r.is_crowd[:0],
+                given_tags=r.tags,
+            )
+            for r in folder.records
+        ),
+    )
+    found = {record.image_id: _true_and_wrong(record) for record in folder.records}
+    result = statistics(bare, choose(bare, found, PseudoLabelRecipe()))
+    assert result["num_boxes"] > 0
+    assert result["evaluation_only"] is None
+    assert {row["evaluation_only"] for row in result["by_class"].values()} == {None}
