@@ -46,7 +46,9 @@ def main(data: Path, proposals: Path, name: str, min_side_px: float = 20.0) -> N
         for record in track(folder.records, description="Selective Search")
     }
     seconds = (time.perf_counter() - start) / max(1, len(folder.records))
-    limited = {i: _first(found, len(ours[i])) for i, found in searched.items() if i in ours}
+    limited = {
+        i: first_proposals(found, len(ours[i])) for i, found in searched.items() if i in ours
+    }
     rows = {
         "WeakSAM prompts": proposal_recall(folder, ours),
         "Selective Search, as many": proposal_recall(folder, limited),
@@ -69,7 +71,8 @@ def selective_search(record: ImageRecord, min_side_px: float) -> Proposals:
     return _proposals(boxes[(boxes_xywh[:, 2:] >= min_side_px).all(axis=1)], record)
 
 
-def _first(found: Proposals, number: int) -> Proposals:
+def first_proposals(found: Proposals, number: int) -> Proposals:
+    """The first ``number`` proposals, in their order."""
     return Proposals(
         boxes=found.boxes[:number],
         scores=found.scores[:number],
