@@ -49,10 +49,10 @@ _DETECTIONS_NAME = "detections.json"
 _MIL_METHODS: tuple[Literal["oicr", "mist"], ...] = ("oicr", "mist")
 _LABEL_METHODS: Mapping[str, PseudoLabelRecipe] = {
     "adaptive_0.3": PseudoLabelRecipe(),
-    "adaptive_0.5": PseudoLabelRecipe(adaptive=AdaptiveConfig(score_thresh=0.5)),
     "top_1": PseudoLabelRecipe(method="top_1"),
-    "threshold_0.3": PseudoLabelRecipe(method="threshold", fixed_thresh=0.3),
+    "threshold_0.2": PseudoLabelRecipe(method="threshold", fixed_thresh=0.2),
     "threshold_0.5": PseudoLabelRecipe(method="threshold", fixed_thresh=0.5),
+    "adaptive_0.5": PseudoLabelRecipe(adaptive=AdaptiveConfig(score_thresh=0.5)),
 }
 _NOISE_SHARES = (0.0, 0.1, 0.2, 0.4)
 _COLUMNS = ("label", "num_seeds", "score", "difference", "verdict")
@@ -122,11 +122,11 @@ def mil(experiment: Experiment) -> None:
 def labels(experiment: Experiment) -> None:
     """Train a detector on pseudo boxes chosen in several ways from the same detections of OICR."""
     folder = load_coco_folder(experiment.data / "train")
-    for seed in range(experiment.num_seeds):
-        source = _directory(experiment, "mil", f"oicr_{experiment.proposals_name}", seed)
-        read_manifest(source)
-        detections = read_detections(source / _DETECTIONS_NAME, folder=folder)
-        for name, choice in _LABEL_METHODS.items():
+    for name, choice in _LABEL_METHODS.items():
+        for seed in range(experiment.num_seeds):
+            source = _directory(experiment, "mil", f"oicr_{experiment.proposals_name}", seed)
+            read_manifest(source)
+            detections = read_detections(source / _DETECTIONS_NAME, folder=folder)
             recipe = small_detector(seed)
             stage = _open(experiment, "labels", name, seed, {"detector": recipe, "choice": choice})
             if stage.finished:
@@ -346,7 +346,7 @@ _COMPARISONS: Mapping[str, Sequence[Comparison]] = {
             ("adaptive, 0.3", "adaptive_0.3", None),
             ("adaptive, 0.5", "adaptive_0.5", "adaptive_0.3"),
             ("best box of each tag", "top_1", "adaptive_0.3"),
-            ("fixed threshold 0.3", "threshold_0.3", "adaptive_0.3"),
+            ("fixed threshold 0.2", "threshold_0.2", "adaptive_0.3"),
             ("fixed threshold 0.5", "threshold_0.5", "adaptive_0.3"),
         )
     ],
