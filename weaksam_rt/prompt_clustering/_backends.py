@@ -51,16 +51,15 @@ class ReferenceBackend:
     """NumPy: the definition, with its peaks found on a part of the pixels."""
 
     def prompt_batch(self, batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
-        """Image by image."""
+        """Peaks of all maps together, then image by image."""
+        peaks = _reference.batch_peaks(
+            batch,
+            cam_peaks=config.cam_peaks,
+            cross_peaks=config.cross_peaks,
+            find_peaks=low_res_peaks,
+        )
         images = [
-            _reference.image_prompts(
-                batch,
-                image,
-                cam_peaks=config.cam_peaks,
-                cross_peaks=config.cross_peaks,
-                points_per_cluster=config.points_per_cluster,
-                find_peaks=low_res_peaks,
-            )
+            _reference.image_prompts(batch, image, peaks, config.points_per_cluster)
             for image in range(batch.num_images)
         ]
         return _reference.pack_batch(images, batch.frames)

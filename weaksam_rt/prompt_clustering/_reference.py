@@ -5,6 +5,7 @@ Integers and selections are repeated exactly. So are the floats of maps and peak
 operation is a float32 operation of its own; boxes of masks agree to a tolerance.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -52,7 +53,8 @@ def normalized_maps(nodes: NDArray[np.float32], image_size: ImageSize) -> NDArra
 
 def map_peaks(nodes: NDArray[np.float32], image_size: ImageSize, config: PeakConfig) -> list[Peaks]:
     """The peaks of each of m low-resolution maps [m, h, w]."""
-    return [peak_points(m, config) for m in normalized_maps(nodes, image_size)]
+    # One map at a time: full maps of a batch need much memory.
+    return [peak_points(normalized_maps(m[None], image_size)[0], config) for m in nodes]
 
 
 def cluster_points(points: NDArray[np.int64], points_per_cluster: int) -> NDArray[np.int64]:
@@ -62,34 +64,58 @@ def cluster_points(points: NDArray[np.int64], points_per_cluster: int) -> NDArra
     return kmeans(points, max(1, len(points) // points_per_cluster))
 
 
-def image_prompts(
+def batch_peaks(
     batch: MapBatch,
-    image: int,
     *,
     cam_peaks: PeakConfig,
     cross_peaks: PeakConfig,
-    points_per_cluster: int,
     find_peaks: PeakFinder = map_peaks,
-) -> PointPrompts:
-    """Point prompts of one image of a batch; ``find_peaks`` may be a faster ``map_peaks``."""
-    size = batch.frames[image].image_size
-    members = batch.map_images == image
-    nodes = sum_passes(batch.maps[:, members], batch.mirrored_passes)
-    sources, classes = batch.map_sources[members], batch.map_classes[members]
-    is_cross = sources == PromptSource.CROSS
-    parts = [
-        point_prompts(peaks.points, peaks.scores, class_id=int(c), source=PromptSource(int(s)))
-        for peaks, c, s in zip(
-            find_peaks(nodes[~is_cross], size, cam_peaks),
-            classes[~is_cross],
-            sources[~is_cross],
+) -> list[Peaks]:
+    """Peaks of each map of a batch; those of one rule and image size are searched together.
+
+    Args:
+        batch: Maps of several images.
+        cam_peaks: Rule of coarse and fine maps.
+        cross_peaks: Rule of cross-attention maps.
+        find_peaks: ``map_peaks``, or a faster one.
+    """
+    nodes = sum_passes(batch.maps, batch.mirrored_passes)
+    is_cross = (batch.map_sources == PromptSource.CROSS).tolist()
+    groups = defaultdict(list)
+    for position, (image, cross) in enumerate(zip(batch.map_images, is_cross, strict=True)):
+        groups[batch.frames[image].image_size, cross].append(position)
+    found = {
+        position: peaks
+        for (size, cross), members in groups.items()
+        for position, peaks in zip(
+            members,
+            find_peaks(nodes[members], size, cross_peaks if cross else cam_peaks),
             strict=True,
         )
-    ]
-    pooled = [peaks.points for peaks in find_peaks(nodes[is_cross], size, cross_peaks)]
-    centres = cluster_points(
-        np.concatenate([np.zeros((0, 2), np.int64), *pooled]), points_per_cluster
-    )
+    }
+    return [found[position] for position in range(len(is_cross))]
+
+
+def image_prompts(
+    batch: MapBatch, image: int, peaks: Sequence[Peaks], points_per_cluster: int
+) -> PointPrompts:
+    """Point prompts of one image of a batch, from the peaks of all the batch's maps."""
+    start, stop = np.searchsorted(batch.map_images, [image, image + 1])
+    parts, pooled = [], [np.zeros((0, 2), np.int64)]
+    for found, class_id, source in zip(
+        peaks[start:stop],
+        batch.map_classes[start:stop].tolist(),
+        batch.map_sources[start:stop].tolist(),
+        strict=True,
+    ):
+        if source == PromptSource.CROSS:
+            pooled.append(found.points)
+        elif len(found.points):
+            of_map = PromptSource(source)
+            parts.append(
+                point_prompts(found.points, found.scores, class_id=class_id, source=of_map)
+            )
+    centres = cluster_points(np.concatenate(pooled), points_per_cluster)
     ones = np.ones(len(centres), np.float32)
     parts.append(point_prompts(centres, ones, class_id=NO_CLASS, source=PromptSource.CROSS))
     return PointPrompts.concatenate(parts)

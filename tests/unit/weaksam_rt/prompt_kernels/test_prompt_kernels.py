@@ -22,14 +22,11 @@ BOX_TOLERANCE_PX = 1e-3
 
 def definition(batch, config):
     """Every map upsampled in full, every peak found on all its pixels."""
+    peaks = _reference.batch_peaks(
+        batch, cam_peaks=config.cam_peaks, cross_peaks=config.cross_peaks
+    )
     images = [
-        _reference.image_prompts(
-            batch,
-            image,
-            cam_peaks=config.cam_peaks,
-            cross_peaks=config.cross_peaks,
-            points_per_cluster=config.points_per_cluster,
-        )
+        _reference.image_prompts(batch, image, peaks, config.points_per_cluster)
         for image in range(batch.num_images)
     ]
     return _reference.pack_batch(images, batch.frames)
