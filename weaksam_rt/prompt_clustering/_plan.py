@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from weaksam_rt.class_activation_map import PeakConfig
 from weaksam_rt.errors import InferenceError
 from weaksam_rt.preprocessing import ModelFrame
+from weaksam_rt.prompt_clustering._reference import NUM_STARTS
 from weaksam_rt.prompt_clustering.batch import MapBatch, MaskSummary, PromptBatch
 from weaksam_rt.types import PointPrompts, PromptSource
 
@@ -142,7 +143,7 @@ def plan_prompts(
     grid_size = (np.int32(rows), np.int32(columns))
     peaks = ("peak_xy", "peak_scores", "peak_counts")
     scratch = tuple(
-        f"cluster_{n}" for n in ("xy", "assigned", "nearest", "counts", "sums", "means")
+        f"cluster_{n}" for n in ("xy", "assigned", "nearest", "potentials", "counts", "sums")
     )
     images, maps = (batch.num_images, 1), (num_maps, 1)
     launches = (
@@ -163,11 +164,17 @@ def plan_prompts(
         ),
         Launch(
             kernel="cluster_peaks",
-            grid=images,
+            grid=(batch.num_images, NUM_STARTS),
             arguments=(
                 "map_starts", "map_sources", "peak_xy", "peak_counts", np.int32(per_map),
-                np.int32(points_per_cluster), "point_starts", *scratch, "centres", "centre_counts",
+                np.int32(points_per_cluster), "point_starts", *scratch, "cluster_means",
+                "centre_counts", "tightness",
             ),
+        ),
+        Launch(
+            kernel="choose_clusters",
+            grid=images,
+            arguments=("point_starts", "cluster_means", "centre_counts", "tightness", "centres"),
         ),
         Launch(
             kernel="count_prompts",
@@ -226,6 +233,7 @@ def _prompt_buffers(
     _, num_maps, rows, columns = batch.maps.shape
     num_images = batch.num_images
     cluster_points = int(inputs["point_starts"][-1])
+    of_starts = NUM_STARTS * cluster_points
 
     def ints(*shape: int) -> Buffer:
         return Buffer(shape=shape, dtype=np.int32)
@@ -240,12 +248,14 @@ def _prompt_buffers(
         "peak_scores": floats(num_maps, per_map),
         "peak_counts": ints(num_maps),
         "extremes": floats(num_maps, 2),
-        "cluster_xy": ints(cluster_points, 2),
-        "cluster_assigned": ints(cluster_points),
-        "cluster_nearest": Buffer(shape=(cluster_points,), dtype=np.uint32),
-        "cluster_counts": ints(cluster_points),
-        "cluster_sums": Buffer(shape=(cluster_points, 2), dtype=np.uint64),
-        "cluster_means": Buffer(shape=(cluster_points, 2), dtype=np.float64),
+        "cluster_xy": ints(of_starts, 2),
+        "cluster_assigned": ints(of_starts),
+        "cluster_nearest": Buffer(shape=(of_starts,), dtype=np.uint32),
+        "cluster_potentials": Buffer(shape=(of_starts,), dtype=np.uint64),
+        "cluster_counts": ints(of_starts),
+        "cluster_sums": Buffer(shape=(of_starts, 2), dtype=np.uint64),
+        "cluster_means": Buffer(shape=(of_starts, 2), dtype=np.float64),
+        "tightness": Buffer(shape=(num_images, NUM_STARTS), dtype=np.float64),
         "centres": ints(cluster_points, 2),
         "centre_counts": ints(num_images),
         "image_counts": Buffer(shape=(num_images,), dtype=BATCH_COUNTS),

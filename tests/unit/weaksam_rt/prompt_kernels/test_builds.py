@@ -13,8 +13,8 @@ from weaksam_rt.errors import ArtifactError, BackendUnavailableError
 from weaksam_rt.prompt_clustering import _nvrtc
 
 _KERNELS = {
-    "axis_tables", "find_peaks", "cluster_peaks", "count_prompts", "pack_prompts",
-    "summarize_masks", "nms_order", "nms_conflicts", "nms_select",
+    "axis_tables", "find_peaks", "cluster_peaks", "choose_clusters", "count_prompts",
+    "pack_prompts", "summarize_masks", "nms_order", "nms_conflicts", "nms_select",
 }  # fmt: skip
 _ROOT = Path(__file__).parents[4]
 _RUN_CASES = """

@@ -12,7 +12,8 @@ from weaksam_rt.preprocessing import longest_side_frame
 from weaksam_rt.prompt_clustering import ClusteringConfig, MapBatch, _reference
 from weaksam_rt.prompt_clustering._backends import KernelBackend, ReferenceBackend
 from weaksam_rt.prompt_clustering._plan import PromptCapacity
-from weaksam_rt.types import PromptSource
+from weaksam_rt.prompts import class_prompts, sam_prompts
+from weaksam_rt.types import PointPrompts, PromptSource
 
 seeds = st.integers(0, 2**32 - 1)
 thread_counts = st.sampled_from([1, 3, 32, 64])
@@ -41,7 +42,7 @@ def assert_same_prompts(ours, expected):
         np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name), err_msg=name)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(seeds, thread_counts)
 def test_prompts_of_random_batches_equal_the_definition(cpu_kernels, seed, threads):
     rng = np.random.default_rng(seed)
@@ -80,6 +81,31 @@ def test_every_pixel_of_an_upsampled_map_has_the_bits_of_the_definition(cpu_kern
     # The pixel of the minimum is 0; that of the maximum may be another one only of 1x1.
     assert len(expected.prompts) >= size[0] * size[1] / 2 or 1 in size
     assert_same_prompts(ours, expected)
+
+
+@given(seeds)
+def test_packed_prompts_are_the_decoders_prompts_of_each_image(seed):
+    rng = np.random.default_rng(seed)
+    images = [_random_point_prompts(rng) for _ in range(int(rng.integers(1, 4)))]
+    frames = [longest_side_frame((int(rng.integers(9, 60)), 40), 64) for _ in images]
+    packed = _reference.pack_batch(images, frames)
+    expected = [
+        (image, prompt)
+        for image, prompts in enumerate(images)
+        for prompt in [
+            *sam_prompts(prompts),
+            *class_prompts(_of_source(prompts, PromptSource.COARSE)),
+            *class_prompts(_of_source(prompts, PromptSource.FINE)),
+        ]
+    ]
+    assert packed.image_index.tolist() == [image for image, _ in expected]
+    for (image, prompt), start, stop in zip(
+        expected, packed.sam_offsets[:-1], packed.sam_offsets[1:], strict=True
+    ):
+        np.testing.assert_array_equal(
+            packed.sam_points[start:stop], frames[image].to_model(prompt.points)
+        )
+        np.testing.assert_array_equal(packed.sam_labels[start:stop], prompt.labels)
 
 
 def test_more_visits_than_remembered_rulers_change_nothing(cpu_kernels):
@@ -158,6 +184,23 @@ def test_nms_keeps_the_boxes_of_the_definition(cpu_kernels, seed, threads, iou_t
     )
     expected = ReferenceBackend().class_nms(boxes, scores, labels, iou_thresh)
     np.testing.assert_array_equal(ours, expected)
+
+
+def _random_point_prompts(rng):
+    count = int(rng.integers(0, 12))
+    return PointPrompts(
+        points=rng.integers(0, 40, (count, 2)).astype(np.float32),
+        scores=rng.random(count, dtype=np.float32),
+        class_ids=rng.integers(0, 3, count).astype(np.int32),
+        sources=np.sort(rng.integers(1, 4, count)).astype(np.int32),
+    )
+
+
+def _of_source(prompts, source):
+    members = prompts.sources == source
+    return PointPrompts(
+        **{n: getattr(prompts, n)[members] for n in ("points", "scores", "class_ids", "sources")}
+    )
 
 
 def _one_map(maps, size):
