@@ -186,6 +186,7 @@ def low_res_peaks(
     searched = np.flatnonzero(is_usable(nodes) & ~is_constant)
     peaks = [Peaks(points=np.zeros((0, 2), np.int64), scores=np.zeros(0, np.float32))] * len(nodes)
     unclear = np.ones(len(searched), bool)
+    # With windows of one pixel every pixel is a maximum.
     if len(searched) and config.kernel_size > 1:
         surface = _surface(nodes[searched], image_size)
         maxima, unclear = _window_maxima(surface, config)
@@ -237,6 +238,8 @@ def _surface(nodes: NDArray[np.float32], image_size: ImageSize) -> _Surface:
     largest = np.abs(nodes).max(axis=(1, 2)).astype(np.float64)
     # Rounding errors of a value: 7 times the largest node's, of its normalisation: twice its own.
     error = _MARGIN * _ROUNDING * (7 * largest * scale[:, 0, 0] + 2)
+    # Above 1 everything is uncertain.
+    error = np.minimum(error, 2)
     return _Surface(
         nodes=nodes, down=down, right=right, corners=corners, low=low[:, 0, 0],
         scale=scale[:, 0, 0], error=error.astype(np.float32),

@@ -70,45 +70,49 @@ def test_clusters_of_attention_peaks_are_as_tight_as_scikit_learns_best_of_ten()
     assert np.mean(np.array(ratios) <= 1.02) >= 0.9
 
 
+def _squared(a, b):
+    return (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2
+
+
+def _seeded(places, mean, num_clusters, start):
+    by_distance = sorted(range(len(places)), key=lambda i: (_squared(places[i], mean), i))
+    centres = [places[by_distance[start % 4 * len(places) // 4]]]
+    while len(centres) < num_clusters:
+        nearest = [min(_squared(p, c) for c in centres) for p in places]
+        if max(nearest) == 0:
+            break
+        left = [sum(map(min, nearest, [_squared(p, q) for p in places])) for q in places]
+        best = left.index(min(left)) if start < 4 else nearest.index(max(nearest))
+        centres.append(places[best])
+    return centres
+
+
+def _moved(places, centres):
+    """Lloyd's iterations, and how tight the clusters are."""
+    assigned = None
+    while True:
+        now = [min(range(len(centres)), key=lambda c: _squared(p, centres[c])) for p in places]
+        groups = [
+            [p for p, a in zip(places, now, strict=True) if a == c] for c in range(len(centres))
+        ]
+        sums = [[sum(p[axis] for p in group) for axis in (0, 1)] for group in groups]
+        if now == assigned:
+            shares = [(x * x + y * y) / len(g) for (x, y), g in zip(sums, groups, strict=True) if g]
+            return sum(shares), centres
+        assigned = now
+        centres = [
+            (x / len(g), y / len(g)) if g else c
+            for (x, y), g, c in zip(sums, groups, centres, strict=True)
+        ]
+
+
 def _kmeans_start_by_start(points, num_clusters):
     """The definition's words, one start after the other, in Python's exact numbers."""
     places = [(int(x), int(y)) for x, y in points]
-    n = len(places)
-
-    def squared(a, b):
-        return (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2
-
-    mean = tuple(points.sum(axis=0) / n)
-    by_distance = sorted(range(n), key=lambda i: (squared(places[i], mean), i))
-    best = None
-    for start in range(8):
-        chosen = [by_distance[start % 4 * n // 4]]
-        while len(chosen) < num_clusters:
-            nearest = [min(squared(p, places[c]) for c in chosen) for p in places]
-            if max(nearest) == 0:
-                break
-            if start < 4:
-                left = [sum(map(min, nearest, [squared(p, q) for p in places])) for q in places]
-                chosen.append(left.index(min(left)))
-            else:
-                chosen.append(nearest.index(max(nearest)))
-        centres, assigned = [places[c] for c in chosen], None
-        while True:
-            now = [min(range(len(centres)), key=lambda c: squared(p, centres[c])) for p in places]
-            if now == assigned:
-                break
-            assigned = now
-            for c in set(assigned):
-                own = [p for p, a in zip(places, assigned, strict=True) if a == c]
-                centres[c] = tuple(sum(p[axis] for p in own) / len(own) for axis in (0, 1))
-        tightness = 0.0
-        for c in range(len(centres)):
-            own = [p for p, a in zip(places, assigned, strict=True) if a == c]
-            if own:
-                tightness += sum(sum(p[axis] for p in own) ** 2 for axis in (0, 1)) / len(own)
-        if best is None or tightness > best[0]:
-            best = tightness, centres
-    return [[int(x), int(y)] for x, y in best[1]]
+    mean = tuple(points.sum(axis=0) / len(points))
+    results = [_moved(places, _seeded(places, mean, num_clusters, start)) for start in range(8)]
+    _, centres = max(results, key=lambda result: result[0])
+    return [[int(x), int(y)] for x, y in centres]
 
 
 @settings(max_examples=40, deadline=None)
