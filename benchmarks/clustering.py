@@ -8,6 +8,7 @@ which have no clusters to find. k is n // 5 throughout.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -77,7 +78,7 @@ def inertia_ratio(points: Points) -> float:
     return (_inertia(points, nearest) + 1e-9) / (_inertia(points, theirs) + 1e-9)
 
 
-def _inertia(points: Points, labels: NDArray[np.integer]) -> float:
+def _inertia(points: Points, labels: NDArray[np.integer[Any]]) -> float:
     groups = [points[labels == label] for label in np.unique(labels)]
     return float(sum(np.square(g - g.mean(axis=0)).sum() for g in groups))
 

@@ -15,9 +15,11 @@ from weaksam_rt.preprocessing import ModelFrame
 from weaksam_rt.prompt_clustering._backends import prompt_backend
 from weaksam_rt.prompt_clustering._reference import cluster_points
 from weaksam_rt.prompt_clustering.batch import (
+    EncodedMasks,
     MapBatch,
     MaskSummary,
     PromptBatch,
+    check_mask_pixels,
     check_masks,
     check_scored_boxes,
 )
@@ -26,11 +28,13 @@ from weaksam_rt.types import ImageSize, PointPrompts, PromptSource
 
 __all__ = [
     "ClusteringConfig",
+    "EncodedMasks",
     "MapBatch",
     "MaskSummary",
     "PromptBatch",
     "class_nms",
     "cluster_prompts",
+    "encode_masks",
     "prompt_batch",
     "prompt_clustering_model",
     "prompts_from_maps",
@@ -119,6 +123,30 @@ def summarize_masks(
     """
     check_masks(logits, mask_images, len(frames))
     return prompt_backend(backend).summarize_masks(logits, mask_images, frames)
+
+
+def encode_masks(
+    logits: NDArray[np.float32],
+    mask_images: NDArray[np.int32],
+    frames: Sequence[ModelFrame],
+    *,
+    backend: BackendName,
+) -> EncodedMasks:
+    """Masks of several images at the images' resolution, as bits and as COCO's run lengths.
+
+    Args:
+        logits: [n, m, m] over the model frame. NaN is outside its mask.
+        mask_images: [n], position of each mask's image in ``frames``.
+        frames: For each image its frame; all of one model size.
+        backend: What runs it.
+
+    Raises:
+        ValueError: Shapes, dtypes or positions do not fit each other, or the masks have more
+            pixels together than can be counted.
+    """
+    check_masks(logits, mask_images, len(frames))
+    check_mask_pixels(mask_images, frames)
+    return prompt_backend(backend).encode_masks(logits, mask_images, frames)
 
 
 def class_nms(

@@ -12,10 +12,12 @@ from weaksam_rt.errors import BackendUnavailableError
 from weaksam_rt.preprocessing import ModelFrame
 from weaksam_rt.prompt_clustering import _plan, _reference
 from weaksam_rt.prompt_clustering._low_res_peaks import low_res_peaks
-from weaksam_rt.prompt_clustering.batch import MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSummary, PromptBatch
 from weaksam_rt.prompt_clustering.config import BackendName, ClusteringConfig
 from weaksam_rt.types import PointPrompts
 
+_GUESSED_RUNS_OF_COLUMN = 4
+"""Enough for a column that crosses a mask twice."""
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -34,6 +36,15 @@ class PromptBackend(Protocol):
         frames: Sequence[ModelFrame],
     ) -> MaskSummary:
         """Box, stability score and area of each mask."""
+        ...
+
+    def encode_masks(
+        self,
+        logits: NDArray[np.float32],
+        mask_images: NDArray[np.int32],
+        frames: Sequence[ModelFrame],
+    ) -> EncodedMasks:
+        """Bits and run lengths of each mask."""
         ...
 
     def class_nms(
@@ -72,6 +83,15 @@ class ReferenceBackend:
     ) -> MaskSummary:
         """Image by image."""
         return _reference.summarize_masks(logits, mask_images, frames)
+
+    def encode_masks(
+        self,
+        logits: NDArray[np.float32],
+        mask_images: NDArray[np.int32],
+        frames: Sequence[ModelFrame],
+    ) -> EncodedMasks:
+        """Mask by mask."""
+        return _reference.encode_masks(logits, mask_images, frames)
 
     def class_nms(
         self,
@@ -121,6 +141,25 @@ class KernelBackend:
             return _reference.summarize_masks(logits, mask_images, frames)
         plan = _plan.plan_mask_summary(logits, mask_images, frames)
         return _plan.read_mask_summary(self._executor.run(plan))
+
+    def encode_masks(
+        self,
+        logits: NDArray[np.float32],
+        mask_images: NDArray[np.int32],
+        frames: Sequence[ModelFrame],
+    ) -> EncodedMasks:
+        """All masks at once; a second time where they have more runs than was guessed."""
+        if len(logits) == 0:
+            return _reference.encode_masks(logits, mask_images, frames)
+        widths = np.array([frame.image_size[1] for frame in frames], np.int64)
+        capacity = int((_GUESSED_RUNS_OF_COLUMN * widths + 1)[mask_images].sum())
+        while True:
+            plan = _plan.plan_mask_encoding(logits, mask_images, frames, run_capacity=capacity)
+            outputs = self._executor.run(plan)
+            needed = int(outputs["run_offsets"][-1])
+            if needed <= capacity:
+                return _plan.read_mask_encoding(plan, outputs)
+            capacity = needed
 
     def class_nms(
         self,

@@ -13,9 +13,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from weaksam_rt.class_activation_map import PeakConfig
 from weaksam_rt.errors import InferenceError
-from weaksam_rt.preprocessing import ModelFrame
+from weaksam_rt.preprocessing import AxisSamples, ModelFrame, axis_samples
 from weaksam_rt.prompt_clustering._reference import NUM_STARTS
-from weaksam_rt.prompt_clustering.batch import MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSummary, PromptBatch
 from weaksam_rt.types import PointPrompts, PromptSource
 
 AXIS_SAMPLE = np.dtype([("low", np.int32), ("weight", np.float32)])
@@ -38,6 +38,7 @@ MASK_FRAME = np.dtype(
 MAX_MAP_SIDE = 64
 """Sides of a low-resolution map; a whole map lies in a GPU block's shared memory."""
 _THREADS = 256
+_MAX_BLOCKS_OF_MASK = 64
 _PACKED = (
     "points",
     "scores",
@@ -326,13 +327,12 @@ def plan_mask_summary(
 ) -> Plan:
     """Boxes, stability scores and areas of n >= 1 masks."""
     num_masks, side = logits.shape[:2]
-    table = [(*f.valid_size, f.model_size, *f.image_size) for f in frames]
     outputs = ("boxes", "stability", "areas")
     return Plan(
         inputs={
             "logits": logits,
             "mask_images": mask_images,
-            "frames": np.array(table, MASK_FRAME),
+            "frames": _mask_frames(frames),
         },
         buffers={
             "boxes": Buffer(shape=(num_masks, 4), dtype=np.float32),
@@ -355,6 +355,98 @@ def read_mask_summary(outputs: Mapping[str, NDArray[Any]]) -> MaskSummary:
     """The summary that ``plan_mask_summary`` leaves."""
     return MaskSummary(
         boxes=outputs["boxes"], stability=outputs["stability"], areas=outputs["areas"]
+    )
+
+
+def _mask_frames(frames: Sequence[ModelFrame]) -> NDArray[Any]:
+    return np.array([(*f.valid_size, f.model_size, *f.image_size) for f in frames], MASK_FRAME)
+
+
+def plan_mask_encoding(
+    logits: NDArray[np.float32],
+    mask_images: NDArray[np.int32],
+    frames: Sequence[ModelFrame],
+    *,
+    run_capacity: int,
+) -> Plan:
+    """Bits and run lengths of n >= 1 masks; all frames have one model size.
+
+    Args:
+        logits: [n, m, m].
+        mask_images: [n].
+        frames: Of the images.
+        run_capacity: Room for the runs of all masks.
+    """
+    num_masks, side = logits.shape[:2]
+    areas = np.array([f.image_size[0] * f.image_size[1] for f in frames], np.int64)
+    words = -(-areas[mask_images] // 32)
+    axes = [
+        axis_samples(full, valid)
+        for frame in frames
+        for full, valid in zip(frame.image_size, frame.valid_size, strict=True)
+    ]
+    blocks = min(_MAX_BLOCKS_OF_MASK, -(-int(words.max()) // _THREADS))
+    of_masks = ("mask_images", "frames", "word_offsets", "bits")
+    return Plan(
+        inputs={
+            "logits": logits,
+            "mask_images": mask_images,
+            "frames": _mask_frames(frames),
+            "to_frame": _axis_table([axis_samples(frames[0].model_size, side)]),
+            "to_image": _axis_table(axes),
+            "sample_starts": _starts(np.array([len(axis.low) for axis in axes]))[:-1],
+            "word_offsets": _starts(words),
+        },
+        buffers={
+            "bits": Buffer(shape=(int(words.sum()),), dtype=np.uint32),
+            "run_counts": Buffer(shape=(num_masks,), dtype=np.int32),
+            "runs": Buffer(shape=(run_capacity,), dtype=np.int32),
+            "run_offsets": Buffer(shape=(num_masks + 1,), dtype=np.int32),
+        },
+        launches=(
+            Launch(
+                kernel="pack_masks",
+                grid=(num_masks, blocks),
+                arguments=(
+                    "logits", np.int32(side), "mask_images", "frames", "to_frame", "to_image",
+                    "sample_starts", "word_offsets", "bits",
+                ),
+            ),
+            Launch(kernel="count_runs", grid=(num_masks, 1), arguments=(*of_masks, "run_counts")),
+            Launch(
+                kernel="write_runs",
+                grid=(num_masks, 1),
+                shared_bytes=8 * _THREADS,
+                arguments=(
+                    *of_masks, "run_counts", np.int32(run_capacity), "runs", "run_offsets"
+                ),
+            ),
+        ),
+        outputs=("bits", "runs", "run_offsets"),
+    )  # fmt: skip
+
+
+def _axis_table(axes: Sequence[AxisSamples]) -> NDArray[Any]:
+    table = np.empty(sum(len(axis.low) for axis in axes), AXIS_SAMPLE)
+    table["low"] = np.concatenate([axis.low for axis in axes])
+    table["weight"] = np.concatenate([axis.weight for axis in axes])
+    return table
+
+
+def read_mask_encoding(plan: Plan, outputs: Mapping[str, NDArray[Any]]) -> EncodedMasks:
+    """The masks that ``plan_mask_encoding`` leaves.
+
+    Raises:
+        InferenceError: The runs did not fit; none was returned.
+    """
+    needed, room = int(outputs["run_offsets"][-1]), len(outputs["runs"])
+    if needed > room:
+        raise InferenceError(f"the masks have {needed} runs, the buffer holds {room}")
+    return EncodedMasks(
+        bits=outputs["bits"],
+        word_offsets=plan.inputs["word_offsets"],
+        runs=outputs["runs"][:needed],
+        run_offsets=outputs["run_offsets"],
     )
 
 

@@ -16,7 +16,7 @@ from weaksam_rt.boxes import Boxes, batched_nms
 from weaksam_rt.class_activation_map import PeakConfig, Peaks, normalize_maps, peak_points
 from weaksam_rt.masks import MASK_THRESHOLD, boxes_from_logits, low_res_stability
 from weaksam_rt.preprocessing import ModelFrame, upsample_maps
-from weaksam_rt.prompt_clustering.batch import MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSummary, PromptBatch
 from weaksam_rt.prompts import FOREGROUND, PADDING, class_prompts
 from weaksam_rt.types import NO_CLASS, ImageSize, PointPrompts, PromptSource
 
@@ -206,8 +206,7 @@ def summarize_masks(
         mask_images: [n], position of each mask's image in ``frames``.
         frames: For each image its frame.
     """
-    clean = np.where(np.isnan(logits), -np.inf, logits)
-    clean = clean.clip(-_LOGIT_LIMIT, _LOGIT_LIMIT).astype(np.float32)
+    clean = _usable_logits(logits)
     summary = MaskSummary(
         boxes=np.zeros((len(logits), 4), np.float32),
         stability=np.zeros(len(logits), np.float32),
@@ -233,6 +232,47 @@ def _mask_areas(logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.fl
         for valid, full in zip(frame.valid_size, frame.image_size, strict=True)
     )
     return (inside * (cell_width * cell_height)).astype(np.float32)
+
+
+def _usable_logits(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    clean = np.where(np.isnan(logits), -np.inf, logits)
+    return clean.clip(-_LOGIT_LIMIT, _LOGIT_LIMIT).astype(np.float32)
+
+
+def encode_masks(
+    logits: NDArray[np.float32], mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]
+) -> EncodedMasks:
+    """Masks at the resolution of their images, as bits and as run lengths.
+
+    The logits are resized to the model frame, which is cut to its valid part and resized to the
+    image, as SAM does; a pixel above ``MASK_THRESHOLD`` is inside.
+
+    Args:
+        logits: [n, m, m] over the model frame. NaN is outside; values beyond 1e30 count as 1e30.
+        mask_images: [n], position of each mask's image in ``frames``.
+        frames: For each image its frame.
+    """
+    bits, runs = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
+    for mask, image in zip(_usable_logits(logits), mask_images, strict=True):
+        is_inside = _column_order_mask(mask, frames[image])
+        padding = np.zeros(-len(is_inside) % 32, bool)
+        packed = np.packbits(np.concatenate([is_inside, padding]), bitorder="little")
+        bits.append(packed.view("<u4").astype(np.uint32))
+        changes = np.flatnonzero(np.diff(is_inside, prepend=False))
+        runs.append(np.diff(changes, prepend=0, append=len(is_inside)).astype(np.int32))
+    return EncodedMasks(
+        bits=np.concatenate(bits),
+        word_offsets=_offsets([len(words) for words in bits[1:]]),
+        runs=np.concatenate(runs),
+        run_offsets=_offsets([len(lengths) for lengths in runs[1:]]),
+    )
+
+
+def _column_order_mask(logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.bool_]:
+    height, width = frame.valid_size
+    in_frame = upsample_maps(logits, (frame.model_size, frame.model_size))
+    in_image = upsample_maps(in_frame[:height, :width], frame.image_size)
+    return (in_image > MASK_THRESHOLD).T.ravel()
 
 
 def class_nms(
@@ -314,8 +354,8 @@ def _counts_and_sums(
         np.bincount(cluster, np.tile(points[:, axis], len(assigned)), minlength=size)
         for axis in (0, 1)
     ]
-    counts = np.bincount(cluster, minlength=size)
-    return counts.reshape(shape), np.stack(sums, axis=1).reshape(*shape, 2)
+    counts = np.bincount(cluster, minlength=size).astype(np.int64)
+    return counts.reshape(shape), np.stack(sums, axis=1).astype(np.float64).reshape(*shape, 2)
 
 
 def _tightness(
@@ -325,7 +365,8 @@ def _tightness(
     counts, sums = _counts_and_sums(points, assigned, num_clusters)
     shares = np.square(sums).sum(axis=2) / np.maximum(counts, 1)
     # Added one after the other: ``sum`` adds in an order of its own.
-    return shares.cumsum(axis=1)[:, -1]
+    added: NDArray[np.float64] = shares.cumsum(axis=1)
+    return added[:, -1]
 
 
 def _squared_distances(

@@ -1,5 +1,6 @@
 """What goes into the prompt kernels for a batch of images and what comes out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ MAX_IMAGE_SIDE = 32767
 _MAX_PASSES = 32
 _MAX_MASK_SIDE = 4096
 _MAX_BOXES = 65536
+_MAX_MASK_PIXELS = 2**31 - 1
+"""Of all masks of a call; a mask has at most one run more than pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +126,21 @@ class MaskSummary:
     """[n], square pixels of the original image."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedMasks:
+    """n masks at the resolution of their images. Pixels are in COCO's order: down the columns."""
+
+    bits: NDArray[np.uint32]
+    """[w], 32 pixels a word, the lowest bit first; what is left of a mask's last word is 0."""
+    word_offsets: NDArray[np.int32]
+    """[n + 1], words of mask i are [word_offsets[i], word_offsets[i + 1])."""
+    runs: NDArray[np.int32]
+    """[r], lengths of runs of outside and inside in turn; the first, of outside, may be 0. COCO's
+    uncompressed ``counts``."""
+    run_offsets: NDArray[np.int32]
+    """[n + 1], runs of mask i are [run_offsets[i], run_offsets[i + 1])."""
+
+
 def check_masks(
     logits: NDArray[np.float32], mask_images: NDArray[np.int32], num_images: int
 ) -> None:
@@ -143,6 +161,22 @@ def check_masks(
             f"mask_images must be in [0, {num_images}), got {mask_images.min()} to "
             f"{mask_images.max()}"
         )
+
+
+def check_mask_pixels(mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]) -> None:
+    """Raise ``ValueError`` unless the masks' pixels can be counted, and the images share a model
+    frame.
+    """
+    areas = np.array([f.image_size[0] * f.image_size[1] for f in frames], np.int64)
+    total = int(areas[mask_images].sum()) + len(mask_images)
+    if total > _MAX_MASK_PIXELS:
+        raise ValueError(
+            f"the masks must have at most {_MAX_MASK_PIXELS} pixels together, got {total}: send "
+            "fewer masks"
+        )
+    if len({frame.model_size for frame in frames}) > 1:
+        sizes = sorted({frame.model_size for frame in frames})
+        raise ValueError(f"frames must share one model_size, got {sizes}")
 
 
 def check_scored_boxes(

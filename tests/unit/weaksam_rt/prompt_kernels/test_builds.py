@@ -14,7 +14,8 @@ from weaksam_rt.prompt_clustering import _nvrtc
 
 _KERNELS = {
     "axis_tables", "find_peaks", "cluster_peaks", "choose_clusters", "count_prompts",
-    "pack_prompts", "summarize_masks", "nms_order", "nms_conflicts", "nms_select",
+    "pack_prompts", "summarize_masks", "pack_masks", "count_runs", "write_runs", "nms_order",
+    "nms_conflicts", "nms_select",
 }  # fmt: skip
 _ROOT = Path(__file__).parents[4]
 _RUN_CASES = """
@@ -33,6 +34,7 @@ for seed in range(int(sys.argv[2])):
     logits = rng.normal(size=(2, 9, 9)).astype(np.float32)
     frames = [longest_side_frame((31, 17), 36)]
     backend.summarize_masks(logits, np.zeros(2, np.int32), frames)
+    backend.encode_masks(logits, np.zeros(2, np.int32), frames)
     corners = np.sort(rng.random((70, 2, 2), dtype=np.float32), axis=1)
     boxes = corners.reshape(70, 4)
     labels = np.zeros(70, np.int32)
