@@ -373,6 +373,7 @@ def _squared_distances(
     points: NDArray[np.int64], centres: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """[..., n, k] of points [n, 2] and centres [..., k, 2]."""
-    columns = points[:, 0, None] - centres[..., None, :, 0]
-    rows = points[:, 1, None] - centres[..., None, :, 1]
+    places = points.astype(np.float64)
+    columns = places[:, 0, None] - centres[..., None, :, 0]
+    rows = places[:, 1, None] - centres[..., None, :, 1]
     return columns * columns + rows * rows
