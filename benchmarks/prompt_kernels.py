@@ -29,6 +29,7 @@ from weaksam_rt.prompt_clustering import ClusteringConfig, MapBatch, cluster_pro
 from weaksam_rt.prompt_clustering._nvrtc import ARCHITECTURES, compile_kernels
 from weaksam_rt.prompt_clustering._plan import full_capacity, plan_prompts, read_prompts
 from weaksam_rt.prompt_clustering._reference import map_peaks, normalized_maps
+from weaksam_rt.prompt_clustering.device_arrays import host_array
 from weaksam_rt.types import PromptSource
 
 _IMAGE_SIZE = (375, 500)
@@ -114,7 +115,7 @@ def _kept(
 
 
 def _cpu_lines(repeats: int) -> list[str]:
-    cross = _batch(1).maps[0, _NUM_CAM:]
+    cross = host_array("maps", _batch(1).maps)[0, _NUM_CAM:]
     normalized = normalized_maps(cross, _IMAGE_SIZE)
     expected = [peaks.points for peaks in map_peaks(cross, _IMAGE_SIZE, CROSS_PEAKS)]
     few = range(0, _NUM_CROSS, 6)
@@ -192,7 +193,7 @@ def _gpu_lines(repeats: int) -> list[str]:
         expected = prompt_batch(batch, _CONFIG)
         if not np.array_equal(ours.sam_points, expected.sam_points):
             raise RuntimeError(f"{num_images} images: the kernels differ from NumPy")
-        on_gpu = torch.from_numpy(batch.maps[0]).cuda().split(_NUM_MAPS)
+        on_gpu = torch.from_numpy(host_array("maps", batch.maps)[0]).cuda().split(_NUM_MAPS)
         torch_us = 1e3 * _best_ms(partial(_torch_batch, on_gpu), 3, time.perf_counter)
         floor = _bytes_that_must_move(batch) / bandwidth * 1e6
         lines.append(

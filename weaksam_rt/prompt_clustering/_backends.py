@@ -14,6 +14,7 @@ from weaksam_rt.prompt_clustering import _plan, _reference
 from weaksam_rt.prompt_clustering._low_res_peaks import low_res_peaks
 from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSummary, PromptBatch
 from weaksam_rt.prompt_clustering.config import BackendName, ClusteringConfig
+from weaksam_rt.prompt_clustering.device_arrays import AnyArray, host_array
 from weaksam_rt.types import PointPrompts
 
 _GUESSED_RUNS_OF_COLUMN = 4
@@ -31,7 +32,7 @@ class PromptBackend(Protocol):
 
     def summarize_masks(
         self,
-        logits: NDArray[np.float32],
+        logits: AnyArray,
         mask_images: NDArray[np.int32],
         frames: Sequence[ModelFrame],
     ) -> MaskSummary:
@@ -40,7 +41,7 @@ class PromptBackend(Protocol):
 
     def encode_masks(
         self,
-        logits: NDArray[np.float32],
+        logits: AnyArray,
         mask_images: NDArray[np.int32],
         frames: Sequence[ModelFrame],
     ) -> EncodedMasks:
@@ -49,9 +50,9 @@ class PromptBackend(Protocol):
 
     def class_nms(
         self,
-        boxes: NDArray[np.float32],
-        scores: NDArray[np.float32],
-        labels: NDArray[np.int32],
+        boxes: AnyArray,
+        scores: AnyArray,
+        labels: AnyArray,
         iou_thresh: float,
     ) -> NDArray[np.int64]:
         """Indices of the boxes that stay, best first."""
@@ -77,31 +78,36 @@ class ReferenceBackend:
 
     def summarize_masks(
         self,
-        logits: NDArray[np.float32],
+        logits: AnyArray,
         mask_images: NDArray[np.int32],
         frames: Sequence[ModelFrame],
     ) -> MaskSummary:
         """Image by image."""
-        return _reference.summarize_masks(logits, mask_images, frames)
+        return _reference.summarize_masks(host_array("logits", logits), mask_images, frames)
 
     def encode_masks(
         self,
-        logits: NDArray[np.float32],
+        logits: AnyArray,
         mask_images: NDArray[np.int32],
         frames: Sequence[ModelFrame],
     ) -> EncodedMasks:
         """Mask by mask."""
-        return _reference.encode_masks(logits, mask_images, frames)
+        return _reference.encode_masks(host_array("logits", logits), mask_images, frames)
 
     def class_nms(
         self,
-        boxes: NDArray[np.float32],
-        scores: NDArray[np.float32],
-        labels: NDArray[np.int32],
+        boxes: AnyArray,
+        scores: AnyArray,
+        labels: AnyArray,
         iou_thresh: float,
     ) -> NDArray[np.int64]:
         """Block by block."""
-        return _reference.class_nms(boxes, scores, labels, iou_thresh)
+        return _reference.class_nms(
+            host_array("boxes", boxes),
+            host_array("scores", scores),
+            host_array("labels", labels),
+            iou_thresh,
+        )
 
 
 class KernelBackend:
@@ -132,25 +138,25 @@ class KernelBackend:
 
     def summarize_masks(
         self,
-        logits: NDArray[np.float32],
+        logits: AnyArray,
         mask_images: NDArray[np.int32],
         frames: Sequence[ModelFrame],
     ) -> MaskSummary:
         """One block a mask."""
         if len(logits) == 0:
-            return _reference.summarize_masks(logits, mask_images, frames)
+            return _reference.summarize_masks(_no_logits(logits), mask_images, frames)
         plan = _plan.plan_mask_summary(logits, mask_images, frames)
         return _plan.read_mask_summary(self._executor.run(plan))
 
     def encode_masks(
         self,
-        logits: NDArray[np.float32],
+        logits: AnyArray,
         mask_images: NDArray[np.int32],
         frames: Sequence[ModelFrame],
     ) -> EncodedMasks:
         """All masks at once; a second time where they have more runs than was guessed."""
         if len(logits) == 0:
-            return _reference.encode_masks(logits, mask_images, frames)
+            return _reference.encode_masks(_no_logits(logits), mask_images, frames)
         widths = np.array([frame.image_size[1] for frame in frames], np.int64)
         capacity = int((_GUESSED_RUNS_OF_COLUMN * widths + 1)[mask_images].sum())
         while True:
@@ -163,15 +169,19 @@ class KernelBackend:
 
     def class_nms(
         self,
-        boxes: NDArray[np.float32],
-        scores: NDArray[np.float32],
-        labels: NDArray[np.int32],
+        boxes: AnyArray,
+        scores: AnyArray,
+        labels: AnyArray,
         iou_thresh: float,
     ) -> NDArray[np.int64]:
         """By bit masks."""
         if len(boxes) == 0:
             return np.zeros(0, np.int64)
         return _plan.read_nms(self._executor.run(_plan.plan_nms(boxes, scores, labels, iou_thresh)))
+
+
+def _no_logits(logits: AnyArray) -> NDArray[np.float32]:
+    return np.zeros(logits.shape, np.float32)
 
 
 @lru_cache(maxsize=3)

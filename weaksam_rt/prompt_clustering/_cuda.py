@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError, InferenceError
 from weaksam_rt.prompt_clustering._nvrtc import kernel_cubin
 from weaksam_rt.prompt_clustering._plan import Argument, Launch, Plan
+from weaksam_rt.prompt_clustering.device_arrays import DeviceArray, JoinedArrays
 
 _ALIGNMENT = 256
 """Bytes; what cudaMalloc promises, so that every buffer starts on a memory transaction."""
@@ -25,6 +26,8 @@ _COMPUTE_CAPABILITY_MAJOR = 75
 _COMPUTE_CAPABILITY_MINOR = 76
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _OUT_OF_MEMORY = 2
+_POINTER_DEVICE_ORDINAL = 9
+_EVENT_WITHOUT_TIMING = 2
 _SURE_SHARED_BYTES = 32 * 1024
 """So much dynamic shared memory needs no permission: 48 KiB less any kernel's static part."""
 _STREAM_NON_BLOCKING = 1
@@ -41,6 +44,7 @@ class CudaExecutor:
                 the driver or too old for the GPU.
         """
         self._driver = _open_driver()
+        self._device = device
         self._lock = threading.Lock()
         handle = ctypes.c_int()
         status = self._driver.cuDeviceGet(ctypes.byref(handle), device)
@@ -79,13 +83,20 @@ class CudaExecutor:
             yield LoadedPlan(self, plan)
 
     def _load(self, plan: Plan) -> dict[str, int]:
-        """Copy the inputs; the address of every array."""
+        """Copy the inputs that do not lie on the GPU already; the address of every array."""
+        on_gpu = {n: a for n, a in plan.inputs.items() if isinstance(a, DeviceArray)}
+        joined = {n: a for n, a in plan.inputs.items() if isinstance(a, JoinedArrays)}
+        parts = [(n, p) for n, a in joined.items() for p in a.parts if isinstance(p, DeviceArray)]
+        for name, lent in [*on_gpu.items(), *parts]:
+            self._check_device(name, lent)
+        for _, lent in [*on_gpu.items(), *parts]:
+            self._wait_for(lent.stream)
         offsets, input_bytes, total = _layout(plan)
         self._reserve(total)
         staging = np.zeros(input_bytes, np.uint8)
         for name, array in plan.inputs.items():
-            content = np.ascontiguousarray(array).view(np.uint8).ravel() if array.size else array
-            staging[offsets[name] : offsets[name] + array.nbytes] = content
+            if isinstance(array, np.ndarray):
+                _write(staging, offsets[name], array)
         base = int(self._arena.value)
         self._call(
             "cuMemcpyHtoDAsync_v2",
@@ -95,7 +106,59 @@ class CudaExecutor:
             self._stream,
         )
         # The copy has left pageable memory when the call returns.
-        return {name: base + offset for name, offset in offsets.items()}
+        addresses = {name: base + offset for name, offset in offsets.items()}
+        for name, together in joined.items():
+            self._join(addresses[name], together)
+        return addresses | {name: lent.address for name, lent in on_gpu.items()}
+
+    def _join(self, address: int, array: JoinedArrays) -> None:
+        """Copy the parts behind each other; those on the GPU stay on it."""
+        for part in array.parts:
+            on_gpu = isinstance(part, DeviceArray)
+            # A copy from pageable memory has read it when the call returns.
+            held = part if isinstance(part, DeviceArray) else np.ascontiguousarray(part)
+            source = held.address if isinstance(held, DeviceArray) else held.ctypes.data
+            if part.nbytes:
+                self._call(
+                    "cuMemcpyDtoDAsync_v2" if on_gpu else "cuMemcpyHtoDAsync_v2",
+                    ctypes.c_uint64(address),
+                    ctypes.c_uint64(source),
+                    ctypes.c_size_t(part.nbytes),
+                    self._stream,
+                )
+            address += part.nbytes
+
+    def _check_device(self, name: str, array: DeviceArray) -> None:
+        """Raise ``ValueError`` unless the kernels' GPU holds the array."""
+        device = array.device
+        if device is None and array.nbytes:
+            found = ctypes.c_int()
+            status = self._driver.cuPointerGetAttribute(
+                ctypes.byref(found), _POINTER_DEVICE_ORDINAL, ctypes.c_uint64(array.address)
+            )
+            if status != 0:
+                raise ValueError(
+                    f"{name}: no GPU knows the address {array.address:#x}: {self._message(status)}"
+                )
+            device = found.value
+        if device is not None and device != self._device:
+            raise ValueError(
+                f"{name} lies on cuda:{device}, the kernels run on cuda:{self._device}: copy it "
+                "there"
+            )
+
+    def _wait_for(self, stream: int | None) -> None:
+        """Let what follows on our stream wait for what is on another; the host does not wait."""
+        if stream is None:
+            return
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), _EVENT_WITHOUT_TIMING)
+        try:
+            self._call("cuEventRecord", event, ctypes.c_void_p(stream))
+            self._call("cuStreamWaitEvent", self._stream, event, 0)
+        finally:
+            # The driver keeps it until the wait is over.
+            self._call("cuEventDestroy_v2", event)
 
     def _read(self, plan: Plan, addresses: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         outputs: dict[str, NDArray[Any]] = {}
@@ -215,17 +278,30 @@ class LoadedPlan:
 
 
 def _layout(plan: Plan) -> tuple[dict[str, int], int, int]:
-    """Offset of every array, bytes of the inputs (which stand first), bytes of all."""
+    """Offset of every array without a place of its own, bytes of the host's inputs (which stand
+    first), bytes of all.
+    """
     offsets, position = {}, 0
     for name, array in plan.inputs.items():
-        offsets[name] = position
-        position = _aligned(position + array.nbytes)
+        if isinstance(array, np.ndarray):
+            offsets[name] = position
+            position = _aligned(position + array.nbytes)
     input_bytes = position
+    for name, array in plan.inputs.items():
+        if isinstance(array, JoinedArrays):
+            offsets[name] = position
+            position = _aligned(position + array.nbytes)
     for name, buffer in plan.buffers.items():
         offsets[name] = position
         size = int(np.prod(buffer.shape, dtype=np.int64)) * np.dtype(buffer.dtype).itemsize
         position = _aligned(position + size)
     return offsets, input_bytes, position
+
+
+def _write(staging: NDArray[np.uint8], offset: int, array: NDArray[Any]) -> None:
+    if array.size:
+        content = np.ascontiguousarray(array).view(np.uint8).ravel()
+        staging[offset : offset + array.nbytes] = content
 
 
 def _aligned(num_bytes: int) -> int:

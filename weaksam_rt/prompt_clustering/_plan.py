@@ -16,6 +16,7 @@ from weaksam_rt.errors import InferenceError
 from weaksam_rt.preprocessing import AxisSamples, ModelFrame, axis_samples
 from weaksam_rt.prompt_clustering._reference import NUM_STARTS
 from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.prompt_clustering.device_arrays import AnyArray, host_array
 from weaksam_rt.types import PointPrompts, PromptSource
 
 AXIS_SAMPLE = np.dtype([("low", np.int32), ("weight", np.float32)])
@@ -79,7 +80,8 @@ class Launch:
 class Plan:
     """Inputs, buffers and launches; what is read back."""
 
-    inputs: Mapping[str, NDArray[Any]]
+    inputs: Mapping[str, AnyArray]
+    """In host memory, or where their owner has them on the GPU."""
     buffers: Mapping[str, Buffer]
     launches: tuple[Launch, ...]
     outputs: tuple[str, ...]
@@ -209,7 +211,7 @@ def _mirrored_bits(batch: MapBatch) -> np.uint32:
 
 def _prompt_inputs(
     batch: MapBatch, cam_peaks: PeakConfig, cross_peaks: PeakConfig, per_map: int
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, AnyArray]:
     sizes = np.array([frame.image_size for frame in batch.frames], np.int32)
     is_cross = batch.map_sources == PromptSource.CROSS
     cross_of_image = np.bincount(batch.map_images[is_cross], minlength=batch.num_images)
@@ -229,11 +231,11 @@ def _prompt_inputs(
 
 
 def _prompt_buffers(
-    batch: MapBatch, inputs: Mapping[str, NDArray[Any]], room: PromptCapacity, per_map: int
+    batch: MapBatch, inputs: Mapping[str, AnyArray], room: PromptCapacity, per_map: int
 ) -> dict[str, Buffer]:
     _, num_maps, rows, columns = batch.maps.shape
     num_images = batch.num_images
-    cluster_points = int(inputs["point_starts"][-1])
+    cluster_points = int(host_array("point_starts", inputs["point_starts"])[-1])
     of_starts = NUM_STARTS * cluster_points
 
     def ints(*shape: int) -> Buffer:
@@ -243,7 +245,9 @@ def _prompt_buffers(
         return Buffer(shape=shape, dtype=np.float32)
 
     return {
-        "samples": Buffer(shape=(int(inputs["image_sizes"].sum()),), dtype=AXIS_SAMPLE),
+        "samples": Buffer(
+            shape=(sum(map(sum, (f.image_size for f in batch.frames))),), dtype=AXIS_SAMPLE
+        ),
         "cell_starts": ints(num_images, rows + columns + 2),
         "peak_xy": ints(num_maps, per_map, 2),
         "peak_scores": floats(num_maps, per_map),
@@ -323,7 +327,7 @@ def read_prompts(outputs: Mapping[str, NDArray[Any]], capacity: PromptCapacity) 
 
 
 def plan_mask_summary(
-    logits: NDArray[np.float32], mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]
+    logits: AnyArray, mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]
 ) -> Plan:
     """Boxes, stability scores and areas of n >= 1 masks."""
     num_masks, side = logits.shape[:2]
@@ -363,7 +367,7 @@ def _mask_frames(frames: Sequence[ModelFrame]) -> NDArray[Any]:
 
 
 def plan_mask_encoding(
-    logits: NDArray[np.float32],
+    logits: AnyArray,
     mask_images: NDArray[np.int32],
     frames: Sequence[ModelFrame],
     *,
@@ -444,18 +448,13 @@ def read_mask_encoding(plan: Plan, outputs: Mapping[str, NDArray[Any]]) -> Encod
         raise InferenceError(f"the masks have {needed} runs, the buffer holds {room}")
     return EncodedMasks(
         bits=outputs["bits"],
-        word_offsets=plan.inputs["word_offsets"],
+        word_offsets=host_array("word_offsets", plan.inputs["word_offsets"]),
         runs=outputs["runs"][:needed],
         run_offsets=outputs["run_offsets"],
     )
 
 
-def plan_nms(
-    boxes: NDArray[np.float32],
-    scores: NDArray[np.float32],
-    labels: NDArray[np.int32],
-    iou_thresh: float,
-) -> Plan:
+def plan_nms(boxes: AnyArray, scores: AnyArray, labels: AnyArray, iou_thresh: float) -> Plan:
     """Suppression within each label of n >= 1 boxes."""
     num_boxes = len(boxes)
     num_words = -(-num_boxes // 64)

@@ -17,6 +17,7 @@ from weaksam_rt.class_activation_map import PeakConfig, Peaks, normalize_maps, p
 from weaksam_rt.masks import MASK_THRESHOLD, boxes_from_logits, low_res_stability
 from weaksam_rt.preprocessing import ModelFrame, upsample_maps
 from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.prompt_clustering.device_arrays import host_array
 from weaksam_rt.prompts import FOREGROUND, PADDING, class_prompts
 from weaksam_rt.types import NO_CLASS, ImageSize, PointPrompts, PromptSource
 
@@ -83,7 +84,7 @@ def batch_peaks(
         cross_peaks: Rule of cross-attention maps.
         find_peaks: ``map_peaks``, or a faster one.
     """
-    nodes = sum_passes(batch.maps, batch.mirrored_passes)
+    nodes = sum_passes(host_array("maps", batch.maps), batch.mirrored_passes)
     is_cross = (batch.map_sources == PromptSource.CROSS).tolist()
     groups = defaultdict(list)
     for position, (image, cross) in enumerate(zip(batch.map_images, is_cross, strict=True)):
@@ -374,6 +375,6 @@ def _squared_distances(
 ) -> NDArray[np.float64]:
     """[..., n, k] of points [n, 2] and centres [..., k, 2]."""
     places = points.astype(np.float64)
-    columns = places[:, 0, None] - centres[..., None, :, 0]
-    rows = places[:, 1, None] - centres[..., None, :, 1]
+    columns: NDArray[np.float64] = places[:, 0, None] - centres[..., None, :, 0]
+    rows: NDArray[np.float64] = places[:, 1, None] - centres[..., None, :, 1]
     return columns * columns + rows * rows
