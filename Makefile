@@ -5,7 +5,7 @@ DEV := .venv
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-quick requirements snapshot bench clean
+.PHONY: help demo test check test-quick requirements snapshot kernels bench clean
 
 help:  ## Show what there is to make
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ requirements:  ## Pin the requirement files anew from pyproject.toml
 
 snapshot: $(DEV)/.ready  ## Write triton_models/ anew from the models in assets/
 	$(DEV)/bin/python -m export snapshot
+
+kernels: $(DEV)/.ready  ## Compile the prompt kernels for every GPU architecture into the package
+	$(DEV)/bin/python -m weaksam_rt.prompt_clustering.build
 
 bench: $(DEV)/.ready  ## Measure the demo detector through the server, and peaks and clustering
 	$(DEV)/bin/python -m benchmarks.detect_latency assets/demo_models

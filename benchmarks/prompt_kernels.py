@@ -26,9 +26,10 @@ from training.engine.stage import git_commit
 from weaksam_rt.class_activation_map import CROSS_PEAKS, PeakConfig
 from weaksam_rt.preprocessing import longest_side_frame
 from weaksam_rt.prompt_clustering import ClusteringConfig, MapBatch, cluster_prompts, prompt_batch
-from weaksam_rt.prompt_clustering._nvrtc import ARCHITECTURES, compile_kernels
 from weaksam_rt.prompt_clustering._plan import full_capacity, plan_prompts, read_prompts
+from weaksam_rt.prompt_clustering._prebuilt import read_manifest
 from weaksam_rt.prompt_clustering._reference import map_peaks, normalized_maps
+from weaksam_rt.prompt_clustering.build import resource_table
 from weaksam_rt.prompt_clustering.device_arrays import host_array
 from weaksam_rt.types import PromptSource
 
@@ -65,17 +66,10 @@ def _best_ms(
 
 
 def _resource_lines() -> list[str]:
-    lines = [
-        "| kernel | " + " | ".join(ARCHITECTURES) + " |",
-        "| --- |" + " ---: |" * len(ARCHITECTURES),
-    ]
-    compiled = {architecture: compile_kernels(architecture) for architecture in ARCHITECTURES}
-    for kernel in sorted(compiled[ARCHITECTURES[0]].resources):
-        of_kernel = [compiled[a].resources[kernel] for a in ARCHITECTURES]
-        cells = [f"{r.registers}, {r.static_shared_bytes}, {r.spilled_bytes}" for r in of_kernel]
-        lines.append(f"| {kernel} | " + " | ".join(cells) + " |")
-    sizes = [f"{len(compiled[a].cubin) / 1024:.0f} KiB" for a in ARCHITECTURES]
-    return [*lines, "| cubin | " + " | ".join(sizes) + " |"]
+    manifest = read_manifest()
+    if manifest is None:
+        raise RuntimeError("run python -m weaksam_rt.prompt_clustering.build")
+    return resource_table(manifest)
 
 
 def _bytes_that_must_move(batch: MapBatch) -> int:

@@ -1,10 +1,11 @@
 """Plans on an NVIDIA GPU, through the driver that comes with it; no other package is needed.
 
-The first use compiles the kernels (``_nvrtc``) or finds them in the cache. A plan's inputs go up in
-one copy, its launches follow on one stream, and only reading the outputs waits.
+The kernels are prebuilt (``_prebuilt``), or compiled at first use (``_nvrtc``). A plan's inputs go
+up in one copy, its launches follow on one stream, and only reading the outputs waits.
 """
 
 import ctypes
+import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError, InferenceError
 from weaksam_rt.prompt_clustering._nvrtc import kernel_cubin
 from weaksam_rt.prompt_clustering._plan import Argument, Launch, Plan
+from weaksam_rt.prompt_clustering._prebuilt import prebuilt_kernels
 from weaksam_rt.prompt_clustering.device_arrays import DeviceArray, JoinedArrays
 
+_LOGGER = logging.getLogger(__name__)
 _ALIGNMENT = 256
 """Bytes; what cudaMalloc promises, so that every buffer starts on a memory transaction."""
 # Numbers of the driver's enums.
@@ -31,6 +34,15 @@ _EVENT_WITHOUT_TIMING = 2
 _SURE_SHARED_BYTES = 32 * 1024
 """So much dynamic shared memory needs no permission: 48 KiB less any kernel's static part."""
 _STREAM_NON_BLOCKING = 1
+
+
+def kernel_codes(architecture: str) -> Iterator[tuple[str, bytes]]:
+    """What a GPU may be given, one after the other until the driver takes it: prebuilt code,
+    prebuilt PTX, what NVRTC makes.
+    """
+    for name, code in prebuilt_kernels(architecture):
+        yield f"prebuilt {name}", code
+    yield "compiled by NVRTC", kernel_cubin(architecture)
 
 
 class CudaExecutor:
@@ -50,19 +62,14 @@ class CudaExecutor:
         status = self._driver.cuDeviceGet(ctypes.byref(handle), device)
         if status != 0:
             raise BackendUnavailableError(f"no GPU {device}: {self._message(status)}")
-        cubin = self._cubin(handle)
+        architecture = self._architecture(handle)
         self._context = ctypes.c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), handle)
         self._module, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
         self._functions: dict[str, ctypes.c_void_p] = {}
         self._arena, self._arena_bytes = ctypes.c_uint64(0), 0
         with self._current():
-            status = self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin)
-            if status != 0:
-                raise BackendUnavailableError(
-                    f"the driver cannot load NVRTC's code: {self._message(status)}; update the "
-                    "driver or install the NVRTC of the driver's CUDA version"
-                )
+            self._load_module(architecture)
             self._call("cuStreamCreate", ctypes.byref(self._stream), _STREAM_NON_BLOCKING)
 
     def run(self, plan: Plan) -> dict[str, NDArray[Any]]:
@@ -214,11 +221,22 @@ class CudaExecutor:
         self._check(status, "cuMemAlloc")
         self._arena_bytes = num_bytes
 
-    def _cubin(self, device: ctypes.c_int) -> bytes:
+    def _load_module(self, architecture: str) -> None:
+        """The first of the prebuilt kernels and NVRTC's that the driver takes."""
+        refused = []
         try:
-            return kernel_cubin(self._architecture(device))
-        except ArtifactError as error:
-            raise BackendUnavailableError(f"no kernels for this GPU: {error}") from error
+            for name, code in kernel_codes(architecture):
+                status = self._driver.cuModuleLoadData(ctypes.byref(self._module), code)
+                if status == 0:
+                    _LOGGER.info("prompt kernels for %s: %s", architecture, name)
+                    return
+                refused.append(f"{name}: {self._message(status)}")
+        except (ArtifactError, BackendUnavailableError) as error:
+            refused.append(str(error))
+        raise BackendUnavailableError(
+            f"no kernels for this GPU ({architecture}): {'; '.join(refused)}. Update the driver, "
+            "or install the NVRTC of the driver's CUDA version"
+        )
 
     def _architecture(self, device: ctypes.c_int) -> str:
         values = []
