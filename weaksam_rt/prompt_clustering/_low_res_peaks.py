@@ -199,6 +199,11 @@ def low_res_peaks(
     return peaks
 
 
+def normalized_corners(nodes: NDArray[np.float32], image_size: ImageSize) -> NDArray[np.float32]:
+    """What min-max normalisation costs here: the corners of usable maps [m, h, w], in [0, 1]."""
+    return _surface(nodes, image_size).corners
+
+
 @lru_cache(maxsize=64)
 def _axis(num_out: int, num_in: int) -> _Axis:
     samples = axis_samples(num_out, num_in)
