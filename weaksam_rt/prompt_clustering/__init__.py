@@ -24,7 +24,12 @@ from weaksam_rt.prompt_clustering.batch import (
     check_scored_boxes,
 )
 from weaksam_rt.prompt_clustering.config import BackendName, ClusteringConfig
-from weaksam_rt.prompt_clustering.device_arrays import DeviceArray, JoinedArrays, as_array
+from weaksam_rt.prompt_clustering.device_arrays import (
+    DeviceArray,
+    JoinedArrays,
+    as_array,
+    host_array,
+)
 from weaksam_rt.types import ImageSize, PointPrompts, PromptSource
 
 __all__ = [
@@ -37,6 +42,7 @@ __all__ = [
     "class_nms",
     "cluster_prompts",
     "encode_masks",
+    "prompt_backend",
     "prompt_batch",
     "prompt_clustering_model",
     "prompts_from_maps",
@@ -72,6 +78,7 @@ def prompts_from_maps(
     class_ids: NDArray[np.int32],
     image_size: ImageSize,
     config: ClusteringConfig,
+    device: int = 0,
 ) -> PointPrompts:
     """Peaks of all maps, those of the cross-attention maps clustered over all classes and heads.
 
@@ -83,7 +90,8 @@ def prompts_from_maps(
         cross_maps: [m, c, h, w], m layers and heads.
         class_ids: [c].
         image_size: (height, width) of the original image, in whose pixels peaks are searched.
-        config: Windows, thresholds, cluster size.
+        config: Windows, thresholds, cluster size, backend.
+        device: Number of the GPU, for the backend ``cuda``.
 
     Returns:
         Prompts in the order coarse, fine, cross. Cross prompts have no class.
@@ -96,21 +104,22 @@ def prompts_from_maps(
         class_ids,
         frame,
     )
-    return prompt_batch(batch, config).prompts
+    return prompt_batch(batch, config, device=device).prompts
 
 
-def prompt_batch(batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
+def prompt_batch(batch: MapBatch, config: ClusteringConfig, *, device: int = 0) -> PromptBatch:
     """Prompts of several images at once, packed for SAM's decoder.
 
     Args:
         batch: Checked maps. A map with a value that is not finite has no peaks.
         config: Windows, thresholds, cluster size, backend.
+        device: Number of the GPU, for the backend ``cuda``.
 
     Raises:
         BackendUnavailableError: The configured backend cannot run here.
         InferenceError: The prompts do not fit the backend's buffers.
     """
-    return prompt_backend(config.backend).prompt_batch(batch, config)
+    return prompt_backend(config.backend, device).prompt_batch(batch, config)
 
 
 def summarize_masks(
@@ -198,12 +207,21 @@ def prompt_clustering_model(
     outputs: Sequence[str] | None = None,
     *,
     config: ClusteringConfig = _DEFAULT,
+    device: int = 0,
 ) -> dict[str, NDArray[Any]]:
-    """``prompts_from_maps`` with the arrays of the contract ``prompt_clustering``."""
+    """``prompts_from_maps`` with the arrays of the contract ``prompt_clustering``.
+
+    Maps may be ``DeviceArray`` on the GPU ``device``; ``class_ids`` and ``image_size`` may not.
+    """
     _CONTRACT.check_inputs(inputs)
-    height, width = (int(side) for side in inputs["image_size"])
-    maps = {name: inputs[name] for name in ("coarse_maps", "fine_maps", "cross_maps", "class_ids")}
-    prompts = prompts_from_maps(image_size=(height, width), config=config, **maps)
+    height, width = (int(side) for side in host_array("image_size", inputs["image_size"]))
+    prompts = prompts_from_maps(
+        **{name: inputs[name] for name in ("coarse_maps", "fine_maps", "cross_maps")},
+        class_ids=host_array("class_ids", inputs["class_ids"]),
+        image_size=(height, width),
+        config=config,
+        device=device,
+    )
     names = [spec.name for spec in _CONTRACT.outputs] if outputs is None else outputs
     return {name: getattr(prompts, name) for name in names}
 

@@ -184,9 +184,13 @@ def _no_logits(logits: AnyArray) -> NDArray[np.float32]:
     return np.zeros(logits.shape, np.float32)
 
 
-@lru_cache(maxsize=3)
-def prompt_backend(name: BackendName) -> PromptBackend:
+@lru_cache(maxsize=32)
+def prompt_backend(name: BackendName, device: int = 0) -> PromptBackend:
     """The backend of this name; made once.
+
+    Args:
+        name: ``reference``, ``cuda`` or ``auto``.
+        device: Number of the GPU, for ``cuda`` and ``auto``.
 
     Raises:
         BackendUnavailableError: ``cuda`` cannot run here; the message says what is missing.
@@ -197,7 +201,7 @@ def prompt_backend(name: BackendName) -> PromptBackend:
     from weaksam_rt.prompt_clustering._cuda import CudaExecutor
 
     try:
-        executor = CudaExecutor()
+        executor = CudaExecutor(device)
     except BackendUnavailableError as error:
         if name == "cuda":
             raise
