@@ -18,13 +18,23 @@ SOURCES = Path(package.__file__).parent / "csrc"
 _FLAGS = ("-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 
 
-def build_kernels(folder: Path, *flags: str, sources: Path = SOURCES) -> Path:
-    """The shared library; skips the test where there is no g++."""
+def build_kernels(
+    folder: Path, *flags: str, sources: Path = SOURCES, main: Path | None = None
+) -> Path:
+    """The shared library of ``main``; skips the test where there is no g++.
+
+    Args:
+        folder: Where it is written.
+        flags: For g++.
+        sources: The kernels.
+        main: What is compiled; by default the kernels alone.
+    """
     if shutil.which("g++") is None:
         pytest.skip("no g++: the kernels cannot be built for the CPU")
-    digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:12]
+    main = main or sources / "cpu_kernels.cpp"
+    digest = hashlib.sha256(" ".join([str(main), *flags]).encode()).hexdigest()[:12]
     library = folder / f"kernels_{digest}.so"
-    command = ["g++", *_FLAGS, *flags, str(sources / "cpu_kernels.cpp"), "-o", str(library)]
+    command = ["g++", *_FLAGS, *flags, "-I", str(sources), str(main), "-o", str(library)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     return library
