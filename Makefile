@@ -5,7 +5,7 @@ DEV := .venv
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-quick requirements snapshot kernels bench clean
+.PHONY: help demo test check test-quick test-gpu requirements snapshot kernels bench clean
 
 help:  ## Show what there is to make
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ check: $(DEV)/.ready  ## Lint, types and dependency rules; edits nothing
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports
+
+test-gpu: $(DEV)/.ready  ## The tests that need a GPU; then every prompt kernel under compute-sanitizer
+	$(DEV)/bin/python -m pytest -m gpu
+	.ci/sanitize_gpu
 
 test-quick: $(DEV)/.ready  ## The tests that need no server
 	$(DEV)/bin/python -m pytest -m "not gpu and not slow and not integration"
