@@ -5,7 +5,7 @@ DEV := .venv
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-quick requirements snapshot bench clean
+.PHONY: help demo test check test-quick test-gpu requirements snapshot kernels bench clean
 
 help:  ## Show what there is to make
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,10 @@ check: $(DEV)/.ready  ## Lint, types and dependency rules; edits nothing
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports
 
+test-gpu: $(DEV)/.ready  ## The tests that need a GPU; then every prompt kernel under compute-sanitizer
+	$(DEV)/bin/python -m pytest -m gpu
+	.ci/sanitize_gpu
+
 test-quick: $(DEV)/.ready  ## The tests that need no server
 	$(DEV)/bin/python -m pytest -m "not gpu and not slow and not integration"
 
@@ -33,6 +37,9 @@ requirements:  ## Pin the requirement files anew from pyproject.toml
 
 snapshot: $(DEV)/.ready  ## Write triton_models/ anew from the models in assets/
 	$(DEV)/bin/python -m export snapshot
+
+kernels: $(DEV)/.ready  ## Compile the prompt kernels for every GPU architecture into the package
+	$(DEV)/bin/python -m weaksam_rt.prompt_clustering.build
 
 bench: $(DEV)/.ready  ## Measure the demo detector through the server, and peaks and clustering
 	$(DEV)/bin/python -m benchmarks.detect_latency assets/demo_models

@@ -229,10 +229,12 @@ def keep_apart(points: NDArray[np.int64], config: PeakConfig) -> list[int]:
     while len(remaining):
         first, remaining = int(remaining[0]), remaining[1:]
         kept.append(first)
-        offsets = np.abs(points[remaining] - points[first])
-        if config.distance == "l1":
-            is_near = offsets.sum(axis=1) < (config.kernel_size - 1) // 2
-        else:
-            is_near = np.square(offsets).sum(axis=1) <= (config.kernel_size / 2) ** 2
-        remaining = remaining[~is_near]
+        remaining = remaining[~too_near(points[remaining] - points[first], config)]
     return kept
+
+
+def too_near(offsets: NDArray[np.int64], config: PeakConfig) -> NDArray[np.bool_]:
+    """Whether points this far [n, 2] from each other are too near for two peaks."""
+    if config.distance == "l1":
+        return np.abs(offsets).sum(axis=1) < (config.kernel_size - 1) // 2
+    return np.square(offsets).sum(axis=1) <= (config.kernel_size / 2) ** 2

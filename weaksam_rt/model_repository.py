@@ -141,7 +141,7 @@ def plan_model_repository(
         texts |= _engine_texts(artifact, profile, options, version)
         copies |= _engine_copies(artifact, version)
     if WEAKSAM_PROPOSE.name in pipelines:
-        texts |= _clustering_texts(models, config, version)
+        texts |= _clustering_texts(models, config, profile, version)
     for pipeline in pipelines:
         texts |= _pipeline_texts(pipeline, models, config, options, version)
     return RepositoryPlan(texts=texts, copies=copies)
@@ -266,10 +266,17 @@ def _engine_copies(artifact: ModelArtifact, version: int) -> dict[str, Path]:
 
 
 def _clustering_texts(
-    models: PipelineModels, config: PipelineConfig, version: int
+    models: PipelineModels, config: PipelineConfig, profile: Profile, version: int
 ) -> dict[str, str]:
     contract = engine_contract(PROMPT_CLUSTERING, ClusteringParameters())
     settings = ModelSettings(backend="python", batches_requests=False)
+    if profile == "container":
+        # On a GPU where there is one; then maps may stay there.
+        settings = replace(
+            settings,
+            instance_kind="KIND_AUTO",
+            parameters=(("FORCE_CPU_ONLY_INPUT_TENSORS", "no"),),
+        )
     folder = f"{PROMPT_CLUSTERING}/{version}"
     return {
         f"{PROMPT_CLUSTERING}/{CONFIG_NAME}": config_text(contract, settings, ServingOptions()),

@@ -15,22 +15,34 @@ from weaksam_rt.preprocessing import ModelFrame
 from weaksam_rt.prompt_clustering._backends import prompt_backend
 from weaksam_rt.prompt_clustering._reference import cluster_points
 from weaksam_rt.prompt_clustering.batch import (
+    EncodedMasks,
     MapBatch,
     MaskSummary,
     PromptBatch,
+    check_mask_pixels,
     check_masks,
     check_scored_boxes,
 )
 from weaksam_rt.prompt_clustering.config import BackendName, ClusteringConfig
+from weaksam_rt.prompt_clustering.device_arrays import (
+    DeviceArray,
+    JoinedArrays,
+    as_array,
+    host_array,
+)
 from weaksam_rt.types import ImageSize, PointPrompts, PromptSource
 
 __all__ = [
     "ClusteringConfig",
+    "EncodedMasks",
     "MapBatch",
     "MaskSummary",
     "PromptBatch",
+    "as_array",
     "class_nms",
     "cluster_prompts",
+    "encode_masks",
+    "prompt_backend",
     "prompt_batch",
     "prompt_clustering_model",
     "prompts_from_maps",
@@ -60,14 +72,17 @@ def cluster_prompts(points: NDArray[np.int64], points_per_cluster: int) -> NDArr
 
 def prompts_from_maps(
     *,
-    coarse_maps: NDArray[np.float32],
-    fine_maps: NDArray[np.float32],
-    cross_maps: NDArray[np.float32],
+    coarse_maps: Any,
+    fine_maps: Any,
+    cross_maps: Any,
     class_ids: NDArray[np.int32],
     image_size: ImageSize,
     config: ClusteringConfig,
+    device: int = 0,
 ) -> PointPrompts:
     """Peaks of all maps, those of the cross-attention maps clustered over all classes and heads.
+
+    Maps are float32 arrays of NumPy or, for the backend ``cuda``, of any library, on the GPU.
 
     Args:
         coarse_maps: [c, h, w], maps of the c present classes, summed over test-time passes.
@@ -75,32 +90,40 @@ def prompts_from_maps(
         cross_maps: [m, c, h, w], m layers and heads.
         class_ids: [c].
         image_size: (height, width) of the original image, in whose pixels peaks are searched.
-        config: Windows, thresholds, cluster size.
+        config: Windows, thresholds, cluster size, backend.
+        device: Number of the GPU, for the backend ``cuda``.
 
     Returns:
         Prompts in the order coarse, fine, cross. Cross prompts have no class.
     """
     frame = ModelFrame(image_size=image_size, valid_size=image_size, model_size=max(image_size))
-    batch = _batch_of_image(coarse_maps, fine_maps, cross_maps, class_ids, frame)
-    return prompt_batch(batch, config).prompts
+    batch = _batch_of_image(
+        as_array("coarse_maps", coarse_maps),
+        as_array("fine_maps", fine_maps),
+        as_array("cross_maps", cross_maps),
+        class_ids,
+        frame,
+    )
+    return prompt_batch(batch, config, device=device).prompts
 
 
-def prompt_batch(batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
+def prompt_batch(batch: MapBatch, config: ClusteringConfig, *, device: int = 0) -> PromptBatch:
     """Prompts of several images at once, packed for SAM's decoder.
 
     Args:
         batch: Checked maps. A map with a value that is not finite has no peaks.
         config: Windows, thresholds, cluster size, backend.
+        device: Number of the GPU, for the backend ``cuda``.
 
     Raises:
         BackendUnavailableError: The configured backend cannot run here.
         InferenceError: The prompts do not fit the backend's buffers.
     """
-    return prompt_backend(config.backend).prompt_batch(batch, config)
+    return prompt_backend(config.backend, device).prompt_batch(batch, config)
 
 
 def summarize_masks(
-    logits: NDArray[np.float32],
+    logits: Any,
     mask_images: NDArray[np.int32],
     frames: Sequence[ModelFrame],
     *,
@@ -109,7 +132,8 @@ def summarize_masks(
     """Box, stability score and area of masks of several images, from SAM's own resolution.
 
     Args:
-        logits: [n, m, m] over the model frame. NaN is outside its mask.
+        logits: float32 [n, m, m] over the model frame, of any library (``as_array``). NaN is
+            outside its mask.
         mask_images: [n], position of each mask's image in ``frames``.
         frames: For each image its frame.
         backend: What runs it.
@@ -117,14 +141,41 @@ def summarize_masks(
     Raises:
         ValueError: Shapes, dtypes or positions do not fit each other.
     """
+    logits = as_array("logits", logits)
     check_masks(logits, mask_images, len(frames))
     return prompt_backend(backend).summarize_masks(logits, mask_images, frames)
 
 
+def encode_masks(
+    logits: Any,
+    mask_images: NDArray[np.int32],
+    frames: Sequence[ModelFrame],
+    *,
+    backend: BackendName,
+) -> EncodedMasks:
+    """Masks of several images at the images' resolution, as bits and as COCO's run lengths.
+
+    Args:
+        logits: float32 [n, m, m] over the model frame, of any library (``as_array``). NaN is
+            outside its mask.
+        mask_images: [n], position of each mask's image in ``frames``.
+        frames: For each image its frame; all of one model size.
+        backend: What runs it.
+
+    Raises:
+        ValueError: Shapes, dtypes or positions do not fit each other, or the masks have more
+            pixels together than can be counted.
+    """
+    logits = as_array("logits", logits)
+    check_masks(logits, mask_images, len(frames))
+    check_mask_pixels(mask_images, frames)
+    return prompt_backend(backend).encode_masks(logits, mask_images, frames)
+
+
 def class_nms(
-    boxes: NDArray[np.float32],
-    scores: NDArray[np.float32],
-    labels: NDArray[np.int32],
+    boxes: Any,
+    scores: Any,
+    labels: Any,
     *,
     iou_thresh: float,
     backend: BackendName,
@@ -132,9 +183,10 @@ def class_nms(
     """Greedy non-maximum suppression within each label.
 
     Args:
-        boxes: [n, 4], XYXY, any frame. One with a coordinate that is not finite overlaps none.
-        scores: [n]; ties go to the lower index, NaN comes last.
-        labels: [n].
+        boxes: float32 [n, 4], XYXY, any frame; these three of any library (``as_array``). One with
+            a coordinate that is not finite overlaps none.
+        scores: float32 [n]; ties go to the lower index, NaN comes last.
+        labels: int32 [n].
         iou_thresh: In [0, 1]; a box goes when its IoU with a kept, better one is above this.
         backend: What runs it.
 
@@ -144,6 +196,8 @@ def class_nms(
     Raises:
         ValueError: Shapes or dtypes do not fit each other, or the threshold is out of its range.
     """
+    boxes, scores = as_array("boxes", boxes), as_array("scores", scores)
+    labels = as_array("labels", labels)
     check_scored_boxes(boxes, scores, labels, iou_thresh)
     return prompt_backend(backend).class_nms(boxes, scores, labels, iou_thresh)
 
@@ -153,36 +207,58 @@ def prompt_clustering_model(
     outputs: Sequence[str] | None = None,
     *,
     config: ClusteringConfig = _DEFAULT,
+    device: int = 0,
 ) -> dict[str, NDArray[Any]]:
-    """``prompts_from_maps`` with the arrays of the contract ``prompt_clustering``."""
+    """``prompts_from_maps`` with the arrays of the contract ``prompt_clustering``.
+
+    Maps may be ``DeviceArray`` on the GPU ``device``; ``class_ids`` and ``image_size`` may not.
+    """
     _CONTRACT.check_inputs(inputs)
-    height, width = (int(side) for side in inputs["image_size"])
-    maps = {name: inputs[name] for name in ("coarse_maps", "fine_maps", "cross_maps", "class_ids")}
-    prompts = prompts_from_maps(image_size=(height, width), config=config, **maps)
+    height, width = (int(side) for side in host_array("image_size", inputs["image_size"]))
+    prompts = prompts_from_maps(
+        **{name: inputs[name] for name in ("coarse_maps", "fine_maps", "cross_maps")},
+        class_ids=host_array("class_ids", inputs["class_ids"]),
+        image_size=(height, width),
+        config=config,
+        device=device,
+    )
     names = [spec.name for spec in _CONTRACT.outputs] if outputs is None else outputs
     return {name: getattr(prompts, name) for name in names}
 
 
 def _batch_of_image(
-    coarse_maps: NDArray[np.float32],
-    fine_maps: NDArray[np.float32],
-    cross_maps: NDArray[np.float32],
+    coarse_maps: NDArray[Any] | DeviceArray,
+    fine_maps: NDArray[Any] | DeviceArray,
+    cross_maps: NDArray[Any] | DeviceArray,
     class_ids: NDArray[np.int32],
     frame: ModelFrame,
 ) -> MapBatch:
-    rows, columns = coarse_maps.shape[-2:]
-    if not coarse_maps.shape[-2:] == fine_maps.shape[-2:] == cross_maps.shape[-2:]:
+    grids = [maps.shape[-2:] for maps in (coarse_maps, fine_maps, cross_maps)]
+    if not grids[0] == grids[1] == grids[2]:
         raise ValueError(
             "coarse, fine and cross maps must share one grid, got "
-            f"{coarse_maps.shape[-2:]}, {fine_maps.shape[-2:]} and {cross_maps.shape[-2:]}"
+            f"{grids[0]}, {grids[1]} and {grids[2]}"
         )
-    parts = [m.reshape(-1, rows, columns) for m in (coarse_maps, fine_maps, cross_maps)]
-    counts = [len(part) for part in parts]
+    num_layers, num_classes = cross_maps.shape[:2]
+    counts = [len(coarse_maps), len(fine_maps), num_layers * num_classes]
+    parts = (coarse_maps, fine_maps, cross_maps.reshape(counts[2], *grids[2]))
     sources = (PromptSource.COARSE, PromptSource.FINE, PromptSource.CROSS)
     return MapBatch(
-        maps=np.concatenate(parts)[None],
+        maps=_joined(parts, (1, sum(counts), *grids[0])),
         map_images=np.zeros(sum(counts), np.int32),
         map_sources=np.repeat(np.array(sources, np.int32), counts),
-        map_classes=np.concatenate([class_ids, class_ids, np.tile(class_ids, len(cross_maps))]),
+        map_classes=np.concatenate([class_ids, class_ids, np.tile(class_ids, num_layers)]),
         frames=(frame,),
     )
+
+
+def _joined(
+    parts: tuple[NDArray[Any] | DeviceArray, ...], shape: tuple[int, ...]
+) -> NDArray[Any] | JoinedArrays:
+    on_host = [part for part in parts if isinstance(part, np.ndarray)]
+    if len(on_host) == len(parts):
+        return np.concatenate(on_host).reshape(shape)
+    dtypes = {part.dtype for part in parts}
+    if len(dtypes) > 1:
+        raise ValueError(f"maps must share one dtype, got {sorted(map(str, dtypes))}")
+    return JoinedArrays(parts=parts, shape=shape)

@@ -12,10 +12,13 @@ from weaksam_rt.errors import BackendUnavailableError
 from weaksam_rt.preprocessing import ModelFrame
 from weaksam_rt.prompt_clustering import _plan, _reference
 from weaksam_rt.prompt_clustering._low_res_peaks import low_res_peaks
-from weaksam_rt.prompt_clustering.batch import MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSummary, PromptBatch
 from weaksam_rt.prompt_clustering.config import BackendName, ClusteringConfig
+from weaksam_rt.prompt_clustering.device_arrays import AnyArray, host_array
 from weaksam_rt.types import PointPrompts
 
+_GUESSED_RUNS_OF_COLUMN = 4
+"""Enough for a column that crosses a mask twice."""
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -29,18 +32,27 @@ class PromptBackend(Protocol):
 
     def summarize_masks(
         self,
-        logits: NDArray[np.float32],
+        logits: AnyArray,
         mask_images: NDArray[np.int32],
         frames: Sequence[ModelFrame],
     ) -> MaskSummary:
         """Box, stability score and area of each mask."""
         ...
 
+    def encode_masks(
+        self,
+        logits: AnyArray,
+        mask_images: NDArray[np.int32],
+        frames: Sequence[ModelFrame],
+    ) -> EncodedMasks:
+        """Bits and run lengths of each mask."""
+        ...
+
     def class_nms(
         self,
-        boxes: NDArray[np.float32],
-        scores: NDArray[np.float32],
-        labels: NDArray[np.int32],
+        boxes: AnyArray,
+        scores: AnyArray,
+        labels: AnyArray,
         iou_thresh: float,
     ) -> NDArray[np.int64]:
         """Indices of the boxes that stay, best first."""
@@ -51,38 +63,51 @@ class ReferenceBackend:
     """NumPy: the definition, with its peaks found on a part of the pixels."""
 
     def prompt_batch(self, batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
-        """Image by image."""
+        """Peaks of all maps together, then image by image."""
+        peaks = _reference.batch_peaks(
+            batch,
+            cam_peaks=config.cam_peaks,
+            cross_peaks=config.cross_peaks,
+            find_peaks=low_res_peaks,
+        )
         images = [
-            _reference.image_prompts(
-                batch,
-                image,
-                cam_peaks=config.cam_peaks,
-                cross_peaks=config.cross_peaks,
-                points_per_cluster=config.points_per_cluster,
-                find_peaks=low_res_peaks,
-            )
+            _reference.image_prompts(batch, image, peaks, config.points_per_cluster)
             for image in range(batch.num_images)
         ]
         return _reference.pack_batch(images, batch.frames)
 
     def summarize_masks(
         self,
-        logits: NDArray[np.float32],
+        logits: AnyArray,
         mask_images: NDArray[np.int32],
         frames: Sequence[ModelFrame],
     ) -> MaskSummary:
         """Image by image."""
-        return _reference.summarize_masks(logits, mask_images, frames)
+        return _reference.summarize_masks(host_array("logits", logits), mask_images, frames)
+
+    def encode_masks(
+        self,
+        logits: AnyArray,
+        mask_images: NDArray[np.int32],
+        frames: Sequence[ModelFrame],
+    ) -> EncodedMasks:
+        """Mask by mask."""
+        return _reference.encode_masks(host_array("logits", logits), mask_images, frames)
 
     def class_nms(
         self,
-        boxes: NDArray[np.float32],
-        scores: NDArray[np.float32],
-        labels: NDArray[np.int32],
+        boxes: AnyArray,
+        scores: AnyArray,
+        labels: AnyArray,
         iou_thresh: float,
     ) -> NDArray[np.int64]:
         """Block by block."""
-        return _reference.class_nms(boxes, scores, labels, iou_thresh)
+        return _reference.class_nms(
+            host_array("boxes", boxes),
+            host_array("scores", scores),
+            host_array("labels", labels),
+            iou_thresh,
+        )
 
 
 class KernelBackend:
@@ -113,21 +138,40 @@ class KernelBackend:
 
     def summarize_masks(
         self,
-        logits: NDArray[np.float32],
+        logits: AnyArray,
         mask_images: NDArray[np.int32],
         frames: Sequence[ModelFrame],
     ) -> MaskSummary:
         """One block a mask."""
         if len(logits) == 0:
-            return _reference.summarize_masks(logits, mask_images, frames)
+            return _reference.summarize_masks(_no_logits(logits), mask_images, frames)
         plan = _plan.plan_mask_summary(logits, mask_images, frames)
         return _plan.read_mask_summary(self._executor.run(plan))
 
+    def encode_masks(
+        self,
+        logits: AnyArray,
+        mask_images: NDArray[np.int32],
+        frames: Sequence[ModelFrame],
+    ) -> EncodedMasks:
+        """All masks at once; a second time where they have more runs than was guessed."""
+        if len(logits) == 0:
+            return _reference.encode_masks(_no_logits(logits), mask_images, frames)
+        widths = np.array([frame.image_size[1] for frame in frames], np.int64)
+        capacity = int((_GUESSED_RUNS_OF_COLUMN * widths + 1)[mask_images].sum())
+        while True:
+            plan = _plan.plan_mask_encoding(logits, mask_images, frames, run_capacity=capacity)
+            outputs = self._executor.run(plan)
+            needed = int(outputs["run_offsets"][-1])
+            if needed <= capacity:
+                return _plan.read_mask_encoding(plan, outputs)
+            capacity = needed
+
     def class_nms(
         self,
-        boxes: NDArray[np.float32],
-        scores: NDArray[np.float32],
-        labels: NDArray[np.int32],
+        boxes: AnyArray,
+        scores: AnyArray,
+        labels: AnyArray,
         iou_thresh: float,
     ) -> NDArray[np.int64]:
         """By bit masks."""
@@ -136,9 +180,17 @@ class KernelBackend:
         return _plan.read_nms(self._executor.run(_plan.plan_nms(boxes, scores, labels, iou_thresh)))
 
 
-@lru_cache(maxsize=3)
-def prompt_backend(name: BackendName) -> PromptBackend:
+def _no_logits(logits: AnyArray) -> NDArray[np.float32]:
+    return np.zeros(logits.shape, np.float32)
+
+
+@lru_cache(maxsize=32)
+def prompt_backend(name: BackendName, device: int = 0) -> PromptBackend:
     """The backend of this name; made once.
+
+    Args:
+        name: ``reference``, ``cuda`` or ``auto``.
+        device: Number of the GPU, for ``cuda`` and ``auto``.
 
     Raises:
         BackendUnavailableError: ``cuda`` cannot run here; the message says what is missing.
@@ -149,7 +201,7 @@ def prompt_backend(name: BackendName) -> PromptBackend:
     from weaksam_rt.prompt_clustering._cuda import CudaExecutor
 
     try:
-        executor = CudaExecutor()
+        executor = CudaExecutor(device)
     except BackendUnavailableError as error:
         if name == "cuda":
             raise

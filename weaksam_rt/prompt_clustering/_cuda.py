@@ -1,12 +1,13 @@
 """Plans on an NVIDIA GPU, through the driver that comes with it; no other package is needed.
 
-The first use compiles the kernels (``_nvrtc``) or finds them in the cache. A plan's inputs go up in
-one copy, its launches follow on one stream, and only reading the outputs waits.
+The kernels are prebuilt (``_prebuilt``), or compiled at first use (``_nvrtc``). A plan's inputs go
+up in one copy, its launches follow on one stream, and only reading the outputs waits.
 """
 
 import ctypes
+import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,10 @@ from numpy.typing import NDArray
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError, InferenceError
 from weaksam_rt.prompt_clustering._nvrtc import kernel_cubin
 from weaksam_rt.prompt_clustering._plan import Argument, Launch, Plan
+from weaksam_rt.prompt_clustering._prebuilt import prebuilt_kernels
+from weaksam_rt.prompt_clustering.device_arrays import DeviceArray, JoinedArrays
 
+_LOGGER = logging.getLogger(__name__)
 _ALIGNMENT = 256
 """Bytes; what cudaMalloc promises, so that every buffer starts on a memory transaction."""
 # Numbers of the driver's enums.
@@ -25,9 +29,21 @@ _COMPUTE_CAPABILITY_MAJOR = 75
 _COMPUTE_CAPABILITY_MINOR = 76
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _OUT_OF_MEMORY = 2
+_POINTER_DEVICE_ORDINAL = 9
+_EVENT_WITHOUT_TIMING = 2
+_CAPTURE_THREAD_LOCAL = 1
 _SURE_SHARED_BYTES = 32 * 1024
 """So much dynamic shared memory needs no permission: 48 KiB less any kernel's static part."""
 _STREAM_NON_BLOCKING = 1
+
+
+def kernel_codes(architecture: str) -> Iterator[tuple[str, bytes]]:
+    """What a GPU may be given, one after the other until the driver takes it: prebuilt code,
+    prebuilt PTX, what NVRTC makes.
+    """
+    for name, code in prebuilt_kernels(architecture):
+        yield f"prebuilt {name}", code
+    yield "compiled by NVRTC", kernel_cubin(architecture)
 
 
 class CudaExecutor:
@@ -41,24 +57,20 @@ class CudaExecutor:
                 the driver or too old for the GPU.
         """
         self._driver = _open_driver()
+        self._device = device
         self._lock = threading.Lock()
         handle = ctypes.c_int()
         status = self._driver.cuDeviceGet(ctypes.byref(handle), device)
         if status != 0:
             raise BackendUnavailableError(f"no GPU {device}: {self._message(status)}")
-        cubin = self._cubin(handle)
+        architecture = self._architecture(handle)
         self._context = ctypes.c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), handle)
         self._module, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
         self._functions: dict[str, ctypes.c_void_p] = {}
         self._arena, self._arena_bytes = ctypes.c_uint64(0), 0
         with self._current():
-            status = self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin)
-            if status != 0:
-                raise BackendUnavailableError(
-                    f"the driver cannot load NVRTC's code: {self._message(status)}; update the "
-                    "driver or install the NVRTC of the driver's CUDA version"
-                )
+            self._load_module(architecture)
             self._call("cuStreamCreate", ctypes.byref(self._stream), _STREAM_NON_BLOCKING)
 
     def run(self, plan: Plan) -> dict[str, NDArray[Any]]:
@@ -79,13 +91,20 @@ class CudaExecutor:
             yield LoadedPlan(self, plan)
 
     def _load(self, plan: Plan) -> dict[str, int]:
-        """Copy the inputs; the address of every array."""
+        """Copy the inputs that do not lie on the GPU already; the address of every array."""
+        on_gpu = {n: a for n, a in plan.inputs.items() if isinstance(a, DeviceArray)}
+        joined = {n: a for n, a in plan.inputs.items() if isinstance(a, JoinedArrays)}
+        parts = [(n, p) for n, a in joined.items() for p in a.parts if isinstance(p, DeviceArray)]
+        for name, lent in [*on_gpu.items(), *parts]:
+            self._check_device(name, lent)
+        for _, lent in [*on_gpu.items(), *parts]:
+            self._wait_for(lent.stream)
         offsets, input_bytes, total = _layout(plan)
         self._reserve(total)
         staging = np.zeros(input_bytes, np.uint8)
         for name, array in plan.inputs.items():
-            content = np.ascontiguousarray(array).view(np.uint8).ravel() if array.size else array
-            staging[offsets[name] : offsets[name] + array.nbytes] = content
+            if isinstance(array, np.ndarray):
+                _write(staging, offsets[name], array)
         base = int(self._arena.value)
         self._call(
             "cuMemcpyHtoDAsync_v2",
@@ -95,7 +114,59 @@ class CudaExecutor:
             self._stream,
         )
         # The copy has left pageable memory when the call returns.
-        return {name: base + offset for name, offset in offsets.items()}
+        addresses = {name: base + offset for name, offset in offsets.items()}
+        for name, together in joined.items():
+            self._join(addresses[name], together)
+        return addresses | {name: lent.address for name, lent in on_gpu.items()}
+
+    def _join(self, address: int, array: JoinedArrays) -> None:
+        """Copy the parts behind each other; those on the GPU stay on it."""
+        for part in array.parts:
+            on_gpu = isinstance(part, DeviceArray)
+            # A copy from pageable memory has read it when the call returns.
+            held = part if isinstance(part, DeviceArray) else np.ascontiguousarray(part)
+            source = held.address if isinstance(held, DeviceArray) else held.ctypes.data
+            if part.nbytes:
+                self._call(
+                    "cuMemcpyDtoDAsync_v2" if on_gpu else "cuMemcpyHtoDAsync_v2",
+                    ctypes.c_uint64(address),
+                    ctypes.c_uint64(source),
+                    ctypes.c_size_t(part.nbytes),
+                    self._stream,
+                )
+            address += part.nbytes
+
+    def _check_device(self, name: str, array: DeviceArray) -> None:
+        """Raise ``ValueError`` unless the kernels' GPU holds the array."""
+        device = array.device
+        if device is None and array.nbytes:
+            found = ctypes.c_int()
+            status = self._driver.cuPointerGetAttribute(
+                ctypes.byref(found), _POINTER_DEVICE_ORDINAL, ctypes.c_uint64(array.address)
+            )
+            if status != 0:
+                raise ValueError(
+                    f"{name}: no GPU knows the address {array.address:#x}: {self._message(status)}"
+                )
+            device = found.value
+        if device is not None and device != self._device:
+            raise ValueError(
+                f"{name} lies on cuda:{device}, the kernels run on cuda:{self._device}: copy it "
+                "there"
+            )
+
+    def _wait_for(self, stream: int | None) -> None:
+        """Let what follows on our stream wait for what is on another; the host does not wait."""
+        if stream is None:
+            return
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), _EVENT_WITHOUT_TIMING)
+        try:
+            self._call("cuEventRecord", event, ctypes.c_void_p(stream))
+            self._call("cuStreamWaitEvent", self._stream, event, 0)
+        finally:
+            # The driver keeps it until the wait is over.
+            self._call("cuEventDestroy_v2", event)
 
     def _read(self, plan: Plan, addresses: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         outputs: dict[str, NDArray[Any]] = {}
@@ -151,11 +222,22 @@ class CudaExecutor:
         self._check(status, "cuMemAlloc")
         self._arena_bytes = num_bytes
 
-    def _cubin(self, device: ctypes.c_int) -> bytes:
+    def _load_module(self, architecture: str) -> None:
+        """The first of the prebuilt kernels and NVRTC's that the driver takes."""
+        refused = []
         try:
-            return kernel_cubin(self._architecture(device))
-        except ArtifactError as error:
-            raise BackendUnavailableError(f"no kernels for this GPU: {error}") from error
+            for name, code in kernel_codes(architecture):
+                status = self._driver.cuModuleLoadData(ctypes.byref(self._module), code)
+                if status == 0:
+                    _LOGGER.info("prompt kernels for %s: %s", architecture, name)
+                    return
+                refused.append(f"{name}: {self._message(status)}")
+        except (ArtifactError, BackendUnavailableError) as error:
+            refused.append(str(error))
+        raise BackendUnavailableError(
+            f"no kernels for this GPU ({architecture}): {'; '.join(refused)}. Update the driver, "
+            "or install the NVRTC of the driver's CUDA version"
+        )
 
     def _architecture(self, device: ctypes.c_int) -> str:
         values = []
@@ -209,23 +291,59 @@ class LoadedPlan:
         for prepared in self._launches:
             self._executor._call("cuLaunchKernel", *prepared.arguments)
 
+    @contextmanager
+    def captured(self) -> Iterator[Callable[[], None]]:
+        """All launches as one CUDA graph: a function that puts it on the stream.
+
+        The host then pays for one call instead of one a kernel.
+        """
+        call, stream = self._executor._call, self._executor._stream
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD_LOCAL)
+        try:
+            self.launch()
+        finally:
+            call("cuStreamEndCapture", stream, ctypes.byref(graph))
+        try:
+            call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0))
+        finally:
+            call("cuGraphDestroy", graph)
+        try:
+            yield lambda: call("cuGraphLaunch", executable, stream)
+        finally:
+            self._executor.synchronize()
+            call("cuGraphExecDestroy", executable)
+
     def outputs(self) -> dict[str, NDArray[Any]]:
         """Wait for the launches, then read the outputs."""
         return self._executor._read(self._plan, self._addresses)
 
 
 def _layout(plan: Plan) -> tuple[dict[str, int], int, int]:
-    """Offset of every array, bytes of the inputs (which stand first), bytes of all."""
+    """Offset of every array without a place of its own, bytes of the host's inputs (which stand
+    first), bytes of all.
+    """
     offsets, position = {}, 0
     for name, array in plan.inputs.items():
-        offsets[name] = position
-        position = _aligned(position + array.nbytes)
+        if isinstance(array, np.ndarray):
+            offsets[name] = position
+            position = _aligned(position + array.nbytes)
     input_bytes = position
+    for name, array in plan.inputs.items():
+        if isinstance(array, JoinedArrays):
+            offsets[name] = position
+            position = _aligned(position + array.nbytes)
     for name, buffer in plan.buffers.items():
         offsets[name] = position
         size = int(np.prod(buffer.shape, dtype=np.int64)) * np.dtype(buffer.dtype).itemsize
         position = _aligned(position + size)
     return offsets, input_bytes, position
+
+
+def _write(staging: NDArray[np.uint8], offset: int, array: NDArray[Any]) -> None:
+    if array.size:
+        content = np.ascontiguousarray(array).view(np.uint8).ravel()
+        staging[offset : offset + array.nbytes] = content
 
 
 def _aligned(num_bytes: int) -> int:

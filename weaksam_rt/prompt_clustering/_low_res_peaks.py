@@ -1,14 +1,20 @@
-"""Peaks of upsampled maps without the upsampled maps: the fast way on a CPU, with equal results.
+"""Peaks of many upsampled maps at once without the upsampled maps: the fast way on a CPU, with
+equal results.
 
-Rows between the same two rows of nodes form a *block*. Within a block and a column the upsampled
-value never changes direction (``preprocessing.interpolate``), rounding included, so its extremes
-lie in the block's first and last row: the *end rows*, a tenth of all rows or less. A pixel in
-another row can only be a window maximum where the column of its block is flat; such columns are
-rare and looked at in full. Everything else is decided on end rows.
+Pixels between the same four nodes form a *cell*, in which the map is bilinear. Its value at any
+pixel follows from the cell's *corners*, the first and last pixel along each axis, but for rounding
+errors, whose bound is known (``_Surface.error``). So a pixel beside a corner that is higher by more
+than the bound allows needs no look. Corners are a few per cent of all pixels. Where a cell is so
+flat that errors could decide, the map counts as *unclear* and is searched in full; hardly any is.
+
+The first and last pixels of an axis repeat a node (edges do not rise). They are left out of cells:
+whatever holds for the last one that differs holds for its *copies*, each in its own window.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,57 +22,153 @@ from numpy.typing import NDArray
 from weaksam_rt.class_activation_map import (
     PeakConfig,
     Peaks,
-    keep_apart,
     normalization,
     normalize_maps,
     peak_points,
-    visit_window_maxima,
+    too_near,
 )
 from weaksam_rt.preprocessing import AxisSamples, axis_samples, interpolate, upsample_maps
 from weaksam_rt.prompt_clustering._reference import is_usable
 from weaksam_rt.types import ImageSize
 
-_MANY_FLAT_PIXELS = 4096
-"""With more of them, a map is mostly plateaus and searching all its pixels is faster."""
+Ints = NDArray[np.int64]
 _ROUNDING = 2.0**-22
 """Four times float32's rounding error: twice what a difference of two values can be off."""
+_MARGIN = 1.1
+"""Bounds are computed with rounding errors of their own."""
+_WINDOWS_AT_ONCE = 1024
+"""So many windows are compared at a time, which keeps them in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Blocks:
-    """The blocks of an axis of the image."""
+class _Axis:
+    """One axis of the image, by its distinct pixels [first, last]."""
 
-    first: NDArray[np.int64]
-    """[b], first row of each block."""
-    last: NDArray[np.int64]
-    """[b], last row."""
-    end_rows: NDArray[np.int64]
-    """[e], all first and last rows, ascending, each once."""
-    first_end: NDArray[np.int64]
-    """[b], position of ``first`` in ``end_rows``."""
-    last_end: NDArray[np.int64]
-    """[b], position of ``last``."""
+    samples: AxisSamples
+    first: int
+    """Pixels before it repeat it."""
+    last: int
+    """Pixels after it repeat it."""
+    ends: Ints
+    """[e], first and last pixel of each cell, ascending, each once."""
+    mates: Ints
+    """[e], position of the other end of the cell; its own where no pixel lies between them."""
+    steps: Ints
+    """[e], pixels from an end to its mate."""
+
+    def copies_of(self, ends: Ints) -> tuple[Ints, Ints]:
+        """First and last pixel that repeats each of these ends, by position."""
+        pixels = self.ends[ends]
+        starts = np.where(pixels == self.first, 0, pixels)
+        stops = np.where(pixels == self.last, len(self.samples.low) - 1, pixels)
+        return starts, stops
+
+    def window(self, starts: Ints, stops: Ints, radius: int) -> tuple[Ints, Ints]:
+        """Distinct pixels, both inclusive, of the windows around [starts, stops]."""
+        border = np.stack([starts - radius, stops + radius]).clip(self.first, self.last)
+        return border[0], border[1]
+
+    def inside(self, starts: Ints, stops: Ints) -> "_EndsInside":
+        """The ends in each window."""
+        begin = np.searchsorted(self.ends, starts)
+        end = np.searchsorted(self.ends, stops, side="right")
+        positions = begin[:, None] + np.arange(max(1, int((end - begin).max(initial=0))))
+        positions = positions.clip(max=np.maximum(end - 1, 0)[:, None])
+        return _EndsInside(positions=positions, is_any=end > begin)
+
+    def beside(self, pixels: Ints, starts: Ints, stops: Ints) -> Ints:
+        """[n, 3], the end before, the pixel itself, the end after; none beyond the window."""
+        before = self.ends[(np.searchsorted(self.ends, pixels) - 1).clip(0)]
+        position = np.searchsorted(self.ends, pixels, side="right")
+        after = self.ends[position.clip(max=len(self.ends) - 1)]
+        return np.stack([before.clip(starts, pixels), pixels, after.clip(pixels, stops)], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _EndRows:
-    """The part of one normalised map that decides."""
+class _EndsInside:
+    """Ends of an axis in each of n windows."""
+
+    positions: Ints
+    """[n, most]; a window with fewer repeats its last one."""
+    is_any: NDArray[np.bool_]
+    """[n], False: the positions of this window are not in it."""
+
+    def pixels(self, axis: _Axis, starts: Ints, stops: Ints) -> Ints:
+        """[n, most + 2]: the window's own first and last pixel, and the ends in it."""
+        ends = np.where(self.is_any[:, None], axis.ends[self.positions], starts[:, None])
+        return np.concatenate([starts[:, None], stops[:, None], ends], axis=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Surface:
+    """Normalised maps, computed where they are looked at."""
 
     nodes: NDArray[np.float32]
-    """[h, w]."""
-    wide: NDArray[np.float32]
-    """[h, W], interpolated along x only, not normalised."""
-    ends: NDArray[np.float32]
-    """[e, W], the end rows, normalised."""
-    low: np.float32
-    scale: np.float32
-    blocks: _Blocks
-    down: AxisSamples
+    """[m, h, w]."""
+    down: _Axis
+    right: _Axis
+    corners: NDArray[np.float32]
+    """[m, ends down, ends right], normalised."""
+    low: NDArray[np.float32]
+    """[m], least value before normalisation."""
+    scale: NDArray[np.float32]
+    """[m]."""
+    error: NDArray[np.float32]
+    """[m], how far the difference of two pixels can be off a bilinear map's."""
 
-    def pixels(self, ys: NDArray[np.int64], xs: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Normalised values at (ys, xs), which broadcast."""
-        above, below = self.wide[self.down.low[ys], xs], self.wide[self.down.high[ys], xs]
-        return (interpolate(above, below, self.down.weight[ys]) - self.low) * self.scale
+    @property
+    def most_steps(self) -> int:
+        """Of the longest cell."""
+        return int(max(self.down.steps.max(), self.right.steps.max()))
+
+    def at(self, maps: Ints, ys: Ints, xs: Ints) -> NDArray[np.float32]:
+        """Values at pixels (ys, xs) of maps, which broadcast."""
+        _, height, width = self.nodes.shape
+        down, right = self.down.samples, self.right.samples
+        start = maps * (height * width)
+        upper, lower = start + down.low[ys] * width, start + down.high[ys] * width
+        before, after, weight = right.low[xs], right.high[xs], right.weight[xs]
+        flat = self.nodes.ravel()
+        above = interpolate(flat[upper + before], flat[upper + after], weight)
+        below = interpolate(flat[lower + before], flat[lower + after], weight)
+        return (interpolate(above, below, down.weight[ys]) - self.low[maps]) * self.scale[maps]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pixels:
+    """Blocks of equal pixels that repeat one corner; most blocks are one pixel."""
+
+    maps: Ints
+    """[n]."""
+    tops: Ints
+    """[n], first row; ``bottoms`` is the last."""
+    bottoms: Ints
+    lefts: Ints
+    """[n], first column; ``rights`` is the last."""
+    rights: Ints
+    heights: NDArray[np.float32]
+    """[n], the value."""
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def __getitem__(self, members: NDArray[Any] | slice) -> "_Pixels":
+        return _Pixels(**{name: getattr(self, name)[members] for name in self.__slots__})
+
+    def apart(self, most: int | None = None) -> "_Pixels":
+        """Each pixel for itself, in row order; of each block the first ``most``."""
+        columns = self.rights - self.lefts + 1
+        counts = (self.bottoms - self.tops + 1) * columns
+        if most is not None:
+            counts = counts.clip(max=most)
+        block = np.repeat(np.arange(len(self)), counts)
+        rank = np.arange(len(block)) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows, offsets = np.divmod(rank, columns[block])
+        ys, xs = self.tops[block] + rows, self.lefts[block] + offsets
+        return _Pixels(
+            maps=self.maps[block], tops=ys, bottoms=ys, lefts=xs, rights=xs,
+            heights=self.heights[block],
+        )  # fmt: skip
 
 
 def low_res_peaks(
@@ -79,155 +181,262 @@ def low_res_peaks(
         image_size: (height, width) of the image.
         config: Window, threshold and distance.
     """
-    usable = is_usable(nodes)
-    found = iter(_peaks_of_usable(nodes[usable], image_size, config))
-    return [next(found) if is_good else _no_peaks() for is_good in usable]
+    # A constant map is zero after normalisation, and no threshold is.
+    is_constant = nodes.max(axis=(1, 2)) == nodes.min(axis=(1, 2))
+    searched = np.flatnonzero(is_usable(nodes) & ~is_constant)
+    peaks = [Peaks(points=np.zeros((0, 2), np.int64), scores=np.zeros(0, np.float32))] * len(nodes)
+    unclear = np.ones(len(searched), bool)
+    # With windows of one pixel every pixel is a maximum.
+    if len(searched) and config.kernel_size > 1:
+        surface = _surface(nodes[searched], image_size)
+        maxima, unclear = _window_maxima(surface, config)
+        all_found = _peaks(maxima, len(searched), config, image_size[1])
+        for position, found in zip(searched, all_found, strict=True):
+            peaks[position] = found
+    for position in searched[unclear]:
+        values = normalize_maps(upsample_maps(nodes[position], image_size))
+        peaks[position] = peak_points(values, config)
+    return peaks
 
 
-def _no_peaks() -> Peaks:
-    return Peaks(points=np.zeros((0, 2), np.int64), scores=np.zeros(0, np.float32))
-
-
-def _peaks_of_usable(
-    nodes: NDArray[np.float32], image_size: ImageSize, config: PeakConfig
-) -> list[Peaks]:
-    if len(nodes) == 0:
-        return []
-    down = axis_samples(image_size[0], nodes.shape[1])
-    right = axis_samples(image_size[1], nodes.shape[2])
-    blocks = _blocks(image_size[0], nodes.shape[1])
-    wide = interpolate(nodes[:, :, right.low], nodes[:, :, right.high], right.weight)
-    rows = blocks.end_rows
-    ends = interpolate(
-        wide[:, down.low[rows]], wide[:, down.high[rows]], down.weight[rows][:, None]
-    )
-    low, scale = normalization(ends)
-    ends -= low
-    ends *= scale
-    return [
-        _peaks(
-            _EndRows(
-                nodes=nodes[i], wide=wide[i], ends=ends[i], low=low[i, 0, 0],
-                scale=scale[i, 0, 0], blocks=blocks, down=down,
-            ),
-            config,
-        )
-        for i in range(len(nodes))
-    ]  # fmt: skip
-
-
-def _peaks(rows: _EndRows, config: PeakConfig) -> Peaks:
-    flat = _flat_pixels(rows, config)
-    if flat is None or config.kernel_size == 1:
-        return _peaks_of_all_pixels(rows, config)
-    ys, xs, heights = _possible_maxima(rows, config)
-    ys, xs = np.concatenate([ys, flat[0]]), np.concatenate([xs, flat[1]])
-    heights = np.concatenate([heights, flat[2]])
-    order = np.lexsort((ys * rows.ends.shape[1] + xs, -heights))
-    ys, xs, heights = ys[order], xs[order], heights[order]
-
-    window_maxima = partial(_window_maxima, rows, config.kernel_size // 2)
-    found = visit_window_maxima(ys, xs, heights, config, window_maxima)
-    if found is None:
-        return _peaks_of_all_pixels(rows, config)
-    points = np.stack([xs, ys], axis=1)[found]
-    kept = keep_apart(points, config)
-    return Peaks(points=points[kept], scores=heights[found][kept])
-
-
-def _peaks_of_all_pixels(rows: _EndRows, config: PeakConfig) -> Peaks:
-    size = (len(rows.down.low), rows.ends.shape[1])
-    return peak_points(normalize_maps(upsample_maps(rows.nodes, size)), config)
-
-
-def _possible_maxima(
-    rows: _EndRows, config: PeakConfig
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Rows, columns and values of end-row pixels not below the threshold or their neighbours.
-
-    The end row before or after is a neighbour too if it is within the window.
-    """
-    end_rows, width = rows.blocks.end_rows, rows.ends.shape[1]
-    values = rows.ends.ravel()
-    positions = np.flatnonzero(values >= np.float32(config.value_thresh))
-    heights = values[positions]
-    ends, columns = np.divmod(positions, width)
-    steps = np.diff(end_rows) <= config.kernel_size // 2
-    has_above, has_below = np.append(False, steps), np.append(steps, False)
-    neighbours = np.stack(
-        [
-            positions - (columns > 0),
-            positions + (columns < width - 1),
-            positions - width * has_above[ends],
-            positions + width * has_below[ends],
-        ]
-    )
-    summit = (heights >= values[neighbours]).all(axis=0)
-    return end_rows[ends[summit]], columns[summit], heights[summit]
-
-
-def _flat_pixels(
-    rows: _EndRows, config: PeakConfig
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]] | None:
-    """All pixels between the end rows of flat columns of blocks; None if they are many.
-
-    Equal neighbours in a column mean that the column's whole rise over its block is not above the
-    rounding errors of as many values as the block has rows.
-    """
-    blocks = rows.blocks
-    first, last = rows.ends[blocks.first_end], rows.ends[blocks.last_end]
-    num_rows = blocks.last - blocks.first
-    # Rounding errors of a value: 7 times the largest node's, of its normalisation: twice its own.
-    error = _ROUNDING * (7 * float(np.abs(rows.nodes).max()) * float(rows.scale) + 2)
-    is_flat = np.abs(last - first) <= (num_rows * error)[:, None]
-    is_flat &= np.maximum(first, last) >= np.float32(config.value_thresh)
-    is_flat &= (num_rows > 1)[:, None]
-    block, xs = np.nonzero(is_flat)
-    counts = num_rows[block] - 1
-    if counts.sum() > _MANY_FLAT_PIXELS:
-        return None
-    starts = np.cumsum(counts) - counts
-    ys = np.arange(counts.sum()) - np.repeat(starts - blocks.first[block] - 1, counts)
-    xs = np.repeat(xs, counts)
-    heights = rows.pixels(ys, xs)
-    reached = heights >= np.float32(config.value_thresh)
-    return ys[reached], xs[reached], heights[reached]
-
-
-def _window_maxima(
-    rows: _EndRows, radius: int, ys: NDArray[np.int64], xs: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """The maximum of each window: its end rows, and its own first and last row."""
-    height, width = len(rows.down.low), rows.ends.shape[1]
-    border = np.stack([ys - radius, ys + radius], axis=1).clip(0, height - 1)
-    # Beyond the map its edge is repeated, which adds no value.
-    columns = (xs[:, None] + np.arange(-radius, radius + 1)).clip(0, width - 1)[:, None]
-    maxima = rows.pixels(border[:, :, None], columns).max(axis=(1, 2))
-    starts = np.searchsorted(rows.blocks.end_rows, border[:, 0])
-    stops = np.searchsorted(rows.blocks.end_rows, border[:, 1], side="right")
-    num_ends = int((stops - starts).max())
-    if num_ends == 0:
-        return maxima
-    # A window with fewer end rows than another repeats its last one; one with none counts for
-    # nothing.
-    inside = (starts[:, None] + np.arange(num_ends)).clip(max=np.maximum(stops - 1, 0)[:, None])
-    of_ends = rows.ends[inside[:, :, None], columns].max(axis=(1, 2))
-    return np.where(starts < stops, np.maximum(maxima, of_ends), maxima)
+def normalized_corners(nodes: NDArray[np.float32], image_size: ImageSize) -> NDArray[np.float32]:
+    """What min-max normalisation costs here: the corners of usable maps [m, h, w], in [0, 1]."""
+    return _surface(nodes, image_size).corners
 
 
 @lru_cache(maxsize=64)
-def _blocks(num_out: int, num_in: int) -> _Blocks:
+def _axis(num_out: int, num_in: int) -> _Axis:
     samples = axis_samples(num_out, num_in)
-    # Before the first node's centre the weight stays 0 and the value constant: a block of its own.
-    part = 2 * samples.low + (samples.weight > 0)
-    part[samples.low > 0] |= 1
-    starts = np.flatnonzero(np.diff(part, prepend=-1))
-    first, last = starts, np.append(starts[1:], num_out) - 1
-    end_rows = np.unique(np.concatenate([first, last]))
-    return _Blocks(
-        first=first,
-        last=last,
-        end_rows=end_rows,
-        first_end=np.searchsorted(end_rows, first),
-        last_end=np.searchsorted(end_rows, last),
+    last = min(int(np.searchsorted(samples.low, num_in - 1)), num_out - 1)
+    # Before the first node's centre the weight stays 0.
+    num_first = int(np.count_nonzero((samples.low == 0) & (samples.weight == 0)))
+    first = min(max(num_first - 1, 0), last)
+    starts = first + np.flatnonzero(np.diff(samples.low[first : last + 1], prepend=-1))
+    stops = np.append(starts[1:] - 1, last)
+    ends = np.unique(np.concatenate([starts, stops]))
+    mates = np.arange(len(ends))
+    wide = stops - starts > 1
+    pairs = np.searchsorted(ends, starts[wide]), np.searchsorted(ends, stops[wide])
+    mates[pairs[0]], mates[pairs[1]] = pairs[1], pairs[0]
+    return _Axis(
+        samples=samples, first=first, last=last, ends=ends, mates=mates,
+        steps=np.abs(ends - ends[mates]),
+    )  # fmt: skip
+
+
+def _surface(nodes: NDArray[np.float32], image_size: ImageSize) -> _Surface:
+    down, right = _axis(image_size[0], nodes.shape[1]), _axis(image_size[1], nodes.shape[2])
+    columns, rows = right.ends, down.ends
+    wide = interpolate(
+        nodes[:, :, right.samples.low[columns]],
+        nodes[:, :, right.samples.high[columns]],
+        right.samples.weight[columns],
     )
+    corners = interpolate(
+        wide[:, down.samples.low[rows]],
+        wide[:, down.samples.high[rows]],
+        down.samples.weight[rows][:, None],
+    )
+    low, scale = normalization(corners)
+    corners -= low
+    corners *= scale
+    largest = np.abs(nodes).max(axis=(1, 2)).astype(np.float64)
+    # Rounding errors of a value: 7 times the largest node's, of its normalisation: twice its own.
+    error = _MARGIN * _ROUNDING * (7 * largest * scale[:, 0, 0] + 2)
+    # Above 1 everything is uncertain.
+    error = np.minimum(error, 2)
+    return _Surface(
+        nodes=nodes, down=down, right=right, corners=corners, low=low[:, 0, 0],
+        scale=scale[:, 0, 0], error=error.astype(np.float32),
+    )  # fmt: skip
+
+
+def _window_maxima(surface: _Surface, config: PeakConfig) -> tuple[_Pixels, NDArray[np.bool_]]:
+    """All window maxima at or above the threshold, and which maps are unclear."""
+    unclear = _has_uncertain_minimum(surface)
+    thresh = np.float32(config.value_thresh)
+    bound = np.minimum(thresh, surface.corners.max(axis=(1, 2))) - surface.error
+    positions = np.flatnonzero(surface.corners >= bound[:, None, None])
+    maps, rows, columns = np.unravel_index(positions, surface.corners.shape)
+    unclear[maps[_may_hide_a_maximum(surface, maps, rows, columns)]] = True
+
+    heights = surface.corners.ravel()[positions]
+    keep = np.flatnonzero((heights >= thresh) & ~unclear[maps])
+    maps, rows, columns, heights = maps[keep], rows[keep], columns[keep], heights[keep]
+    summit = _is_not_below_corners_beside(surface, maps, rows, columns, config.kernel_size // 2)
+    maps, rows, columns, heights = maps[summit], rows[summit], columns[summit], heights[summit]
+    tops, bottoms = surface.down.copies_of(rows)
+    lefts, rights = surface.right.copies_of(columns)
+    blocks = _Pixels(
+        maps=maps, tops=tops, bottoms=bottoms, lefts=lefts, rights=rights, heights=heights
+    )
+    is_maximum, uncertain = _compare_with_windows(surface, blocks, config)
+    unclear[maps[uncertain]] = True
+    # What is higher may lie in the windows of some of the copies only.
+    others = blocks[~is_maximum & ((bottoms > tops) | (rights > lefts))].apart()
+    other_is_maximum, uncertain = _compare_with_windows(surface, others, config)
+    unclear[others.maps[uncertain]] = True
+    found = [blocks[is_maximum].apart(config.max_candidates), others[other_is_maximum]]
+    return _joined(found), unclear
+
+
+def _joined(parts: list[_Pixels]) -> _Pixels:
+    return _Pixels(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in _Pixels.__slots__})
+
+
+def _has_uncertain_minimum(surface: _Surface) -> NDArray[np.bool_]:
+    """Whether a pixel between corners could lie below all corners of a map."""
+    # Of nodes that are not negative, none below zero can come.
+    is_certain = (surface.low == 0) & (surface.nodes.min(axis=(1, 2)) >= 0)
+    limit = np.where(is_certain, np.float32(-1), surface.error)
+    maps, rows, columns = np.nonzero(surface.corners <= limit[:, None, None])
+    falls, is_other = _falls_in_cell(surface, maps, rows, columns)
+    is_alone = np.where(is_other, -falls, np.inf).min(axis=0) > _gap(surface, maps)
+    uncertain = np.zeros(len(surface.nodes), bool)
+    uncertain[maps[~is_alone]] = True
+    return uncertain
+
+
+def _gap(surface: _Surface, maps: Ints) -> NDArray[np.float32]:
+    """A corner that is farther than this from the other corners of its cell is its only extreme:
+    any other pixel has at least 1 / steps of its value from those.
+    """
+    return (surface.most_steps + 2) * surface.error[maps]
+
+
+def _falls_in_cell(
+    surface: _Surface, maps: Ints, rows: Ints, columns: Ints
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """How far it falls from corners [n] to the others of their cells, [3, n]: along the column,
+    along the row, diagonally; and whether pixels lie between.
+    """
+    other_rows, other_columns = surface.down.mates[rows], surface.right.mates[columns]
+    others = (
+        surface.corners[maps, other_rows, columns],
+        surface.corners[maps, rows, other_columns],
+        surface.corners[maps, other_rows, other_columns],
+    )
+    has_rows, has_columns = other_rows != rows, other_columns != columns
+    is_other = np.stack([has_rows, has_columns, has_rows | has_columns])
+    return surface.corners[maps, rows, columns] - np.stack(others), is_other
+
+
+def _may_hide_a_maximum(
+    surface: _Surface, maps: Ints, rows: Ints, columns: Ints
+) -> NDArray[np.bool_]:
+    """Whether a pixel between a corner and the others of its cell could be a window maximum, or
+    above all corners of the map.
+
+    A window maximum is not below its neighbours. On an edge of the cell that bounds the rise from
+    pixel to pixel, and inside the cell, where the diagonal neighbours count, its change too.
+    """
+    falls, is_other = _falls_in_cell(surface, maps, rows, columns)
+    down, right = surface.down.steps[rows], surface.right.steps[columns]
+    error = surface.error[maps]
+    rises, twist = np.abs(falls[:2]), np.abs(falls[0] + falls[1] - falls[2])
+    is_flat_edge = is_other[:2] & (rises <= (np.stack([down, right]) + 1) * error)
+    is_flat_inside = is_other[0] & is_other[1] & (twist <= (down * right + 2) * error)
+    is_flat_inside &= rises[0] <= (down * (right + 1) + 1) * error
+    is_flat_inside &= rises[1] <= (right * (down + 1) + 1) * error
+    highest = surface.corners.max(axis=(1, 2))[maps]
+    is_near_highest = surface.corners[maps, rows, columns] >= highest - error
+    is_alone = np.where(is_other, falls, np.inf).min(axis=0) > _gap(surface, maps)
+    return is_flat_edge.any(axis=0) | is_flat_inside | (is_near_highest & ~is_alone)
+
+
+def _is_not_below_corners_beside(
+    surface: _Surface, maps: Ints, rows: Ints, columns: Ints, radius: int
+) -> NDArray[np.bool_]:
+    """Whether no corner next to one, and within the radius of all its copies, is higher."""
+    heights = surface.corners[maps, rows, columns]
+    is_summit = np.ones(len(maps), bool)
+    for other_rows in _near_ends(surface.down, rows, radius):
+        for other_columns in _near_ends(surface.right, columns, radius):
+            is_summit &= heights >= surface.corners[maps, other_rows, other_columns]
+    return is_summit
+
+
+def _near_ends(axis: _Axis, ends: Ints, radius: int) -> list[Ints]:
+    starts, stops = axis.copies_of(ends)
+    before, after = (ends - 1).clip(0), (ends + 1).clip(max=len(axis.ends) - 1)
+    return [
+        np.where(stops - axis.ends[before] <= radius, before, ends),
+        ends,
+        np.where(axis.ends[after] - starts <= radius, after, ends),
+    ]
+
+
+def _compare_with_windows(
+    surface: _Surface, blocks: _Pixels, config: PeakConfig
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Whether nothing is higher in the windows of all pixels of a block; whether that is
+    uncertain.
+    """
+    is_maximum, uncertain = np.zeros(len(blocks), bool), np.zeros(len(blocks), bool)
+    for start in range(0, len(blocks), _WINDOWS_AT_ONCE):
+        part = slice(start, start + _WINDOWS_AT_ONCE)
+        is_maximum[part], uncertain[part] = _compare(surface, blocks[part], config)
+    return is_maximum, uncertain
+
+
+def _compare(
+    surface: _Surface, blocks: _Pixels, config: PeakConfig
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    radius = config.kernel_size // 2
+    tops, bottoms = surface.down.window(blocks.tops, blocks.bottoms, radius)
+    lefts, rights = surface.right.window(blocks.lefts, blocks.rights, radius)
+    rows, columns = surface.down.inside(tops, bottoms), surface.right.inside(lefts, rights)
+    corners = surface.corners[
+        blocks.maps[:, None, None], rows.positions[:, :, None], columns.positions[:, None, :]
+    ]
+    is_higher = (corners > blocks.heights[:, None, None]).any(axis=(1, 2))
+    is_higher &= rows.is_any & columns.is_any
+    left = np.flatnonzero(~is_higher)
+
+    maps, heights = blocks.maps[left], blocks.heights[left, None, None]
+    ys = rows.pixels(surface.down, tops, bottoms)[left]
+    xs = columns.pixels(surface.right, lefts, rights)[left]
+    values = surface.at(maps[:, None, None], ys[:, :, None], xs[:, None, :])
+    is_higher[left] = (values > heights).any(axis=(1, 2))
+    is_near = values > heights - surface.error[maps][:, None, None]
+    is_near[is_higher[left]] = False
+    window, row, column = np.nonzero(is_near)
+    block, y, x = left[window], ys[window, row], xs[window, column]
+    ys = surface.down.beside(y, tops[block], bottoms[block])
+    xs = surface.right.beside(x, lefts[block], rights[block])
+    others = surface.at(blocks.maps[block, None, None], ys[:, :, None], xs[:, None, :])
+    has_between = (np.abs(ys - y[:, None]) > 1)[:, :, None] | (np.abs(xs - x[:, None]) > 1)[:, None]
+    limit = blocks.heights[block] - _gap(surface, blocks.maps[block])
+    uncertain = np.zeros(len(blocks), bool)
+    uncertain[block[(has_between & (others > limit[:, None, None])).any(axis=(1, 2))]] = True
+    return ~is_higher, uncertain
+
+
+def _peaks(maxima: _Pixels, num_maps: int, config: PeakConfig, width: int) -> list[Peaks]:
+    """The peaks of each map among its window maxima."""
+    order = np.lexsort((maxima.tops * width + maxima.lefts, -maxima.heights, maxima.maps))
+    maps = maxima.maps[order]
+    rank = np.arange(len(maps)) - np.searchsorted(maps, maps)
+    order = order[rank < config.max_candidates]
+    points = np.stack([maxima.lefts, maxima.tops], axis=1)[order]
+    kept = _keep_apart(points, maxima.maps[order], config)
+    starts = np.searchsorted(maxima.maps[order][kept], np.arange(num_maps + 1))
+    points, scores = points[kept], maxima.heights[order][kept]
+    return [
+        Peaks(points=points[start:stop], scores=scores[start:stop])
+        for start, stop in pairwise(starts.tolist())
+    ]
+
+
+def _keep_apart(points: Ints, maps: Ints, config: PeakConfig) -> Ints:
+    """``keep_apart`` of all maps at once, one kept point of each map at a time; ``maps`` rises."""
+    kept = [np.zeros(0, np.int64)]
+    remaining = np.arange(len(points))
+    while len(remaining):
+        of_map = maps[remaining]
+        is_first = np.diff(of_map, prepend=-1) != 0
+        kept.append(remaining[is_first])
+        leaders = kept[-1][np.cumsum(is_first) - 1]
+        is_near = too_near(points[remaining] - points[leaders], config)
+        remaining = remaining[~is_near & ~is_first]
+    return np.sort(np.concatenate(kept))

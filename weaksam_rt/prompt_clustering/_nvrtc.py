@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError
+from weaksam_rt.files import atomic_path
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """What the kernels are compiled for in the tests; others of NVRTC's work too."""
@@ -46,11 +47,12 @@ class KernelResources:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompiledKernels:
-    """A cubin and what the assembler said of it."""
+    """Code and what the assembler said of it."""
 
-    cubin: bytes
+    code: bytes
+    """A cubin, or PTX."""
     resources: Mapping[str, KernelResources]
-    """By the kernel's name."""
+    """By the kernel's name; empty for PTX, which is not assembled yet."""
 
 
 def kernel_cubin(architecture: str, cache_folder: Path | None = None) -> bytes:
@@ -65,16 +67,13 @@ def kernel_cubin(architecture: str, cache_folder: Path | None = None) -> bytes:
         ArtifactError: NVRTC refused the source; the message is its log.
     """
     folder = cache_folder or _user_cache_folder()
-    library = _nvrtc()
-    entry = folder / f"prompt_kernels_{_cache_key(library)}_{architecture}.cubin"
+    entry = folder / f"prompt_kernels_{_cache_key()}_{architecture}.cubin"
     if entry.is_file():
         return entry.read_bytes()
-    cubin = compile_kernels(architecture).cubin
-    folder.mkdir(parents=True, exist_ok=True)
+    cubin = compile_kernels(architecture).code
     # Another process may be writing the same entry: whoever renames last wins, with equal bytes.
-    partial = entry.with_name(f"{entry.name}.{os.getpid()}")
-    partial.write_bytes(cubin)
-    partial.replace(entry)
+    with atomic_path(entry) as temporary:
+        temporary.write_bytes(cubin)
     return cubin
 
 
@@ -87,18 +86,36 @@ def _headers() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(SOURCE_FOLDER.glob("*.cuh"))}
 
 
-def _cache_key(library: ctypes.CDLL) -> str:
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    _check(library, library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
-    digest = hashlib.sha256(f"{_OPTIONS} {major.value}.{minor.value}".encode())
+def source_hash() -> str:
+    """Hex SHA-256 of the kernels' source and the options it is compiled with."""
+    digest = hashlib.sha256(repr(_OPTIONS).encode())
     for name, content in {_MAIN: (SOURCE_FOLDER / _MAIN).read_bytes(), **_headers()}.items():
         digest.update(f"{name} {len(content)} ".encode())
         digest.update(content)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def nvrtc_version() -> str:
+    """Such as ``13.0``; it also decides what the code is.
+
+    Raises:
+        BackendUnavailableError: NVRTC is not installed.
+    """
+    library = _nvrtc()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(library, library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return f"{major.value}.{minor.value}"
+
+
+def _cache_key() -> str:
+    return hashlib.sha256(f"{nvrtc_version()} {source_hash()}".encode()).hexdigest()[:16]
 
 
 def compile_kernels(architecture: str) -> CompiledKernels:
     """Compile now; no cache.
+
+    Args:
+        architecture: Such as ``sm_90``, or ``compute_90`` for PTX.
 
     Raises:
         BackendUnavailableError: NVRTC is not installed.
@@ -127,8 +144,10 @@ def compile_kernels(architecture: str) -> CompiledKernels:
         log = _text(library, "ProgramLog", program).decode(errors="replace").rstrip("\0")
         if status != 0:
             raise ArtifactError(f"NVRTC cannot compile the kernels for {architecture}: {log}")
+        if architecture.startswith("compute_"):
+            return CompiledKernels(code=_text(library, "PTX", program).rstrip(b"\0"), resources={})
         return CompiledKernels(
-            cubin=_text(library, "CUBIN", program), resources=_resources_from_log(log)
+            code=_text(library, "CUBIN", program), resources=_resources_from_log(log)
         )
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))

@@ -13,8 +13,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from weaksam_rt.class_activation_map import PeakConfig
 from weaksam_rt.errors import InferenceError
-from weaksam_rt.preprocessing import ModelFrame
-from weaksam_rt.prompt_clustering.batch import MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.preprocessing import AxisSamples, ModelFrame, axis_samples
+from weaksam_rt.prompt_clustering._reference import NUM_STARTS
+from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.prompt_clustering.device_arrays import AnyArray, host_array
 from weaksam_rt.types import PointPrompts, PromptSource
 
 AXIS_SAMPLE = np.dtype([("low", np.int32), ("weight", np.float32)])
@@ -37,6 +39,7 @@ MASK_FRAME = np.dtype(
 MAX_MAP_SIDE = 64
 """Sides of a low-resolution map; a whole map lies in a GPU block's shared memory."""
 _THREADS = 256
+_MAX_BLOCKS_OF_MASK = 64
 _PACKED = (
     "points",
     "scores",
@@ -77,7 +80,8 @@ class Launch:
 class Plan:
     """Inputs, buffers and launches; what is read back."""
 
-    inputs: Mapping[str, NDArray[Any]]
+    inputs: Mapping[str, AnyArray]
+    """In host memory, or where their owner has them on the GPU."""
     buffers: Mapping[str, Buffer]
     launches: tuple[Launch, ...]
     outputs: tuple[str, ...]
@@ -142,7 +146,7 @@ def plan_prompts(
     grid_size = (np.int32(rows), np.int32(columns))
     peaks = ("peak_xy", "peak_scores", "peak_counts")
     scratch = tuple(
-        f"cluster_{n}" for n in ("xy", "assigned", "nearest", "counts", "sums", "means")
+        f"cluster_{n}" for n in ("xy", "assigned", "nearest", "potentials", "counts", "sums")
     )
     images, maps = (batch.num_images, 1), (num_maps, 1)
     launches = (
@@ -163,11 +167,17 @@ def plan_prompts(
         ),
         Launch(
             kernel="cluster_peaks",
-            grid=images,
+            grid=(batch.num_images, NUM_STARTS),
             arguments=(
                 "map_starts", "map_sources", "peak_xy", "peak_counts", np.int32(per_map),
-                np.int32(points_per_cluster), "point_starts", *scratch, "centres", "centre_counts",
+                np.int32(points_per_cluster), "point_starts", *scratch, "cluster_means",
+                "centre_counts", "tightness",
             ),
+        ),
+        Launch(
+            kernel="choose_clusters",
+            grid=images,
+            arguments=("point_starts", "cluster_means", "centre_counts", "tightness", "centres"),
         ),
         Launch(
             kernel="count_prompts",
@@ -201,7 +211,7 @@ def _mirrored_bits(batch: MapBatch) -> np.uint32:
 
 def _prompt_inputs(
     batch: MapBatch, cam_peaks: PeakConfig, cross_peaks: PeakConfig, per_map: int
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, AnyArray]:
     sizes = np.array([frame.image_size for frame in batch.frames], np.int32)
     is_cross = batch.map_sources == PromptSource.CROSS
     cross_of_image = np.bincount(batch.map_images[is_cross], minlength=batch.num_images)
@@ -221,11 +231,12 @@ def _prompt_inputs(
 
 
 def _prompt_buffers(
-    batch: MapBatch, inputs: Mapping[str, NDArray[Any]], room: PromptCapacity, per_map: int
+    batch: MapBatch, inputs: Mapping[str, AnyArray], room: PromptCapacity, per_map: int
 ) -> dict[str, Buffer]:
     _, num_maps, rows, columns = batch.maps.shape
     num_images = batch.num_images
-    cluster_points = int(inputs["point_starts"][-1])
+    cluster_points = int(host_array("point_starts", inputs["point_starts"])[-1])
+    of_starts = NUM_STARTS * cluster_points
 
     def ints(*shape: int) -> Buffer:
         return Buffer(shape=shape, dtype=np.int32)
@@ -234,18 +245,22 @@ def _prompt_buffers(
         return Buffer(shape=shape, dtype=np.float32)
 
     return {
-        "samples": Buffer(shape=(int(inputs["image_sizes"].sum()),), dtype=AXIS_SAMPLE),
+        "samples": Buffer(
+            shape=(sum(map(sum, (f.image_size for f in batch.frames))),), dtype=AXIS_SAMPLE
+        ),
         "cell_starts": ints(num_images, rows + columns + 2),
         "peak_xy": ints(num_maps, per_map, 2),
         "peak_scores": floats(num_maps, per_map),
         "peak_counts": ints(num_maps),
         "extremes": floats(num_maps, 2),
-        "cluster_xy": ints(cluster_points, 2),
-        "cluster_assigned": ints(cluster_points),
-        "cluster_nearest": Buffer(shape=(cluster_points,), dtype=np.uint32),
-        "cluster_counts": ints(cluster_points),
-        "cluster_sums": Buffer(shape=(cluster_points, 2), dtype=np.uint64),
-        "cluster_means": Buffer(shape=(cluster_points, 2), dtype=np.float64),
+        "cluster_xy": ints(of_starts, 2),
+        "cluster_assigned": ints(of_starts),
+        "cluster_nearest": Buffer(shape=(of_starts,), dtype=np.uint32),
+        "cluster_potentials": Buffer(shape=(of_starts,), dtype=np.uint64),
+        "cluster_counts": ints(of_starts),
+        "cluster_sums": Buffer(shape=(of_starts, 2), dtype=np.uint64),
+        "cluster_means": Buffer(shape=(of_starts, 2), dtype=np.float64),
+        "tightness": Buffer(shape=(num_images, NUM_STARTS), dtype=np.float64),
         "centres": ints(cluster_points, 2),
         "centre_counts": ints(num_images),
         "image_counts": Buffer(shape=(num_images,), dtype=BATCH_COUNTS),
@@ -312,17 +327,16 @@ def read_prompts(outputs: Mapping[str, NDArray[Any]], capacity: PromptCapacity) 
 
 
 def plan_mask_summary(
-    logits: NDArray[np.float32], mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]
+    logits: AnyArray, mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]
 ) -> Plan:
     """Boxes, stability scores and areas of n >= 1 masks."""
     num_masks, side = logits.shape[:2]
-    table = [(*f.valid_size, f.model_size, *f.image_size) for f in frames]
     outputs = ("boxes", "stability", "areas")
     return Plan(
         inputs={
             "logits": logits,
             "mask_images": mask_images,
-            "frames": np.array(table, MASK_FRAME),
+            "frames": _mask_frames(frames),
         },
         buffers={
             "boxes": Buffer(shape=(num_masks, 4), dtype=np.float32),
@@ -348,12 +362,99 @@ def read_mask_summary(outputs: Mapping[str, NDArray[Any]]) -> MaskSummary:
     )
 
 
-def plan_nms(
-    boxes: NDArray[np.float32],
-    scores: NDArray[np.float32],
-    labels: NDArray[np.int32],
-    iou_thresh: float,
+def _mask_frames(frames: Sequence[ModelFrame]) -> NDArray[Any]:
+    return np.array([(*f.valid_size, f.model_size, *f.image_size) for f in frames], MASK_FRAME)
+
+
+def plan_mask_encoding(
+    logits: AnyArray,
+    mask_images: NDArray[np.int32],
+    frames: Sequence[ModelFrame],
+    *,
+    run_capacity: int,
 ) -> Plan:
+    """Bits and run lengths of n >= 1 masks; all frames have one model size.
+
+    Args:
+        logits: [n, m, m].
+        mask_images: [n].
+        frames: Of the images.
+        run_capacity: Room for the runs of all masks.
+    """
+    num_masks, side = logits.shape[:2]
+    areas = np.array([f.image_size[0] * f.image_size[1] for f in frames], np.int64)
+    words = -(-areas[mask_images] // 32)
+    axes = [
+        axis_samples(full, valid)
+        for frame in frames
+        for full, valid in zip(frame.image_size, frame.valid_size, strict=True)
+    ]
+    blocks = min(_MAX_BLOCKS_OF_MASK, -(-int(words.max()) // _THREADS))
+    of_masks = ("mask_images", "frames", "word_offsets", "bits")
+    return Plan(
+        inputs={
+            "logits": logits,
+            "mask_images": mask_images,
+            "frames": _mask_frames(frames),
+            "to_frame": _axis_table([axis_samples(frames[0].model_size, side)]),
+            "to_image": _axis_table(axes),
+            "sample_starts": _starts(np.array([len(axis.low) for axis in axes]))[:-1],
+            "word_offsets": _starts(words),
+        },
+        buffers={
+            "bits": Buffer(shape=(int(words.sum()),), dtype=np.uint32),
+            "run_counts": Buffer(shape=(num_masks,), dtype=np.int32),
+            "runs": Buffer(shape=(run_capacity,), dtype=np.int32),
+            "run_offsets": Buffer(shape=(num_masks + 1,), dtype=np.int32),
+        },
+        launches=(
+            Launch(
+                kernel="pack_masks",
+                grid=(num_masks, blocks),
+                arguments=(
+                    "logits", np.int32(side), "mask_images", "frames", "to_frame", "to_image",
+                    "sample_starts", "word_offsets", "bits",
+                ),
+            ),
+            Launch(kernel="count_runs", grid=(num_masks, 1), arguments=(*of_masks, "run_counts")),
+            Launch(
+                kernel="write_runs",
+                grid=(num_masks, 1),
+                shared_bytes=8 * _THREADS,
+                arguments=(
+                    *of_masks, "run_counts", np.int32(run_capacity), "runs", "run_offsets"
+                ),
+            ),
+        ),
+        outputs=("bits", "runs", "run_offsets"),
+    )  # fmt: skip
+
+
+def _axis_table(axes: Sequence[AxisSamples]) -> NDArray[Any]:
+    table = np.empty(sum(len(axis.low) for axis in axes), AXIS_SAMPLE)
+    table["low"] = np.concatenate([axis.low for axis in axes])
+    table["weight"] = np.concatenate([axis.weight for axis in axes])
+    return table
+
+
+def read_mask_encoding(plan: Plan, outputs: Mapping[str, NDArray[Any]]) -> EncodedMasks:
+    """The masks that ``plan_mask_encoding`` leaves.
+
+    Raises:
+        InferenceError: The runs did not fit; none was returned.
+    """
+    needed, room = int(outputs["run_offsets"][-1]), len(outputs["runs"])
+    if needed > room:
+        raise InferenceError(f"the masks have {needed} runs, the buffer holds {room}")
+    return EncodedMasks(
+        bits=outputs["bits"],
+        word_offsets=host_array("word_offsets", plan.inputs["word_offsets"]),
+        runs=outputs["runs"][:needed],
+        run_offsets=outputs["run_offsets"],
+    )
+
+
+def plan_nms(boxes: AnyArray, scores: AnyArray, labels: AnyArray, iou_thresh: float) -> Plan:
     """Suppression within each label of n >= 1 boxes."""
     num_boxes = len(boxes)
     num_words = -(-num_boxes // 64)

@@ -5,7 +5,9 @@ Integers and selections are repeated exactly. So are the floats of maps and peak
 operation is a float32 operation of its own; boxes of masks agree to a tolerance.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +16,9 @@ from weaksam_rt.boxes import Boxes, batched_nms
 from weaksam_rt.class_activation_map import PeakConfig, Peaks, normalize_maps, peak_points
 from weaksam_rt.masks import MASK_THRESHOLD, boxes_from_logits, low_res_stability
 from weaksam_rt.preprocessing import ModelFrame, upsample_maps
-from weaksam_rt.prompt_clustering.batch import MapBatch, MaskSummary, PromptBatch
-from weaksam_rt.prompts import SamPrompt, class_prompts, sam_prompts
+from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.prompt_clustering.device_arrays import host_array
+from weaksam_rt.prompts import FOREGROUND, PADDING, class_prompts
 from weaksam_rt.types import NO_CLASS, ImageSize, PointPrompts, PromptSource
 
 _LOGIT_LIMIT = 1e30
@@ -23,6 +26,9 @@ PeakFinder = Callable[[NDArray[np.float32], ImageSize, PeakConfig], list[Peaks]]
 """Peaks of each of m low-resolution maps [m, h, w]."""
 
 _MAX_ITERATIONS = 300
+_NUM_FIRST_CENTRES = 4
+NUM_STARTS = 2 * _NUM_FIRST_CENTRES
+"""Of k-means: two rules of seeding, each from some first centres."""
 
 
 def sum_passes(
@@ -52,7 +58,8 @@ def normalized_maps(nodes: NDArray[np.float32], image_size: ImageSize) -> NDArra
 
 def map_peaks(nodes: NDArray[np.float32], image_size: ImageSize, config: PeakConfig) -> list[Peaks]:
     """The peaks of each of m low-resolution maps [m, h, w]."""
-    return [peak_points(m, config) for m in normalized_maps(nodes, image_size)]
+    # One map at a time: full maps of a batch need much memory.
+    return [peak_points(normalized_maps(m[None], image_size)[0], config) for m in nodes]
 
 
 def cluster_points(points: NDArray[np.int64], points_per_cluster: int) -> NDArray[np.int64]:
@@ -62,34 +69,58 @@ def cluster_points(points: NDArray[np.int64], points_per_cluster: int) -> NDArra
     return kmeans(points, max(1, len(points) // points_per_cluster))
 
 
-def image_prompts(
+def batch_peaks(
     batch: MapBatch,
-    image: int,
     *,
     cam_peaks: PeakConfig,
     cross_peaks: PeakConfig,
-    points_per_cluster: int,
     find_peaks: PeakFinder = map_peaks,
-) -> PointPrompts:
-    """Point prompts of one image of a batch; ``find_peaks`` may be a faster ``map_peaks``."""
-    size = batch.frames[image].image_size
-    members = batch.map_images == image
-    nodes = sum_passes(batch.maps[:, members], batch.mirrored_passes)
-    sources, classes = batch.map_sources[members], batch.map_classes[members]
-    is_cross = sources == PromptSource.CROSS
-    parts = [
-        point_prompts(peaks.points, peaks.scores, class_id=int(c), source=PromptSource(int(s)))
-        for peaks, c, s in zip(
-            find_peaks(nodes[~is_cross], size, cam_peaks),
-            classes[~is_cross],
-            sources[~is_cross],
+) -> list[Peaks]:
+    """Peaks of each map of a batch; those of one rule and image size are searched together.
+
+    Args:
+        batch: Maps of several images.
+        cam_peaks: Rule of coarse and fine maps.
+        cross_peaks: Rule of cross-attention maps.
+        find_peaks: ``map_peaks``, or a faster one.
+    """
+    nodes = sum_passes(host_array("maps", batch.maps), batch.mirrored_passes)
+    is_cross = (batch.map_sources == PromptSource.CROSS).tolist()
+    groups = defaultdict(list)
+    for position, (image, cross) in enumerate(zip(batch.map_images, is_cross, strict=True)):
+        groups[batch.frames[image].image_size, cross].append(position)
+    found = {
+        position: peaks
+        for (size, cross), members in groups.items()
+        for position, peaks in zip(
+            members,
+            find_peaks(nodes[members], size, cross_peaks if cross else cam_peaks),
             strict=True,
         )
-    ]
-    pooled = [peaks.points for peaks in find_peaks(nodes[is_cross], size, cross_peaks)]
-    centres = cluster_points(
-        np.concatenate([np.zeros((0, 2), np.int64), *pooled]), points_per_cluster
-    )
+    }
+    return [found[position] for position in range(len(is_cross))]
+
+
+def image_prompts(
+    batch: MapBatch, image: int, peaks: Sequence[Peaks], points_per_cluster: int
+) -> PointPrompts:
+    """Point prompts of one image of a batch, from the peaks of all the batch's maps."""
+    start, stop = np.searchsorted(batch.map_images, [image, image + 1])
+    parts, pooled = [], [np.zeros((0, 2), np.int64)]
+    for found, class_id, source in zip(
+        peaks[start:stop],
+        batch.map_classes[start:stop].tolist(),
+        batch.map_sources[start:stop].tolist(),
+        strict=True,
+    ):
+        if source == PromptSource.CROSS:
+            pooled.append(found.points)
+        elif len(found.points):
+            of_map = PromptSource(source)
+            parts.append(
+                point_prompts(found.points, found.scores, class_id=class_id, source=of_map)
+            )
+    centres = cluster_points(np.concatenate(pooled), points_per_cluster)
     ones = np.ones(len(centres), np.float32)
     parts.append(point_prompts(centres, ones, class_id=NO_CLASS, source=PromptSource.CROSS))
     return PointPrompts.concatenate(parts)
@@ -109,26 +140,47 @@ def point_prompts(
 
 def pack_batch(images: Sequence[PointPrompts], frames: Sequence[ModelFrame]) -> PromptBatch:
     """Point prompts of several images to SAM's prompts of the whole batch."""
-    prompts = [_sam_prompts_of_image(prompts) for prompts in images]
-    flat = [(image, prompt) for image, of_image in enumerate(prompts) for prompt in of_image]
-    points = [frames[image].to_model(prompt.points) for image, prompt in flat]
-    labels = [prompt.labels for _, prompt in flat]
+    packed = [_pack_image(prompts, frame) for prompts, frame in zip(images, frames, strict=True)]
+    lengths = [of_image.lengths for of_image in packed]
     return PromptBatch(
         prompts=PointPrompts.concatenate(list(images)),
         point_offsets=_offsets([len(p) for p in images]),
-        sam_points=np.concatenate([np.zeros((0, 2), np.float32), *points]),
-        sam_labels=np.concatenate([np.zeros(0, np.int32), *labels]),
-        sam_offsets=_offsets([len(p) for p in points]),
-        image_index=np.array([image for image, _ in flat], np.int32),
+        sam_points=np.concatenate([of_image.points for of_image in packed]),
+        sam_labels=np.concatenate([of_image.labels for of_image in packed]),
+        sam_offsets=_offsets(np.concatenate(lengths)),
+        image_index=np.repeat(np.arange(len(images)), [len(n) for n in lengths]).astype(np.int32),
     )
 
 
-def _sam_prompts_of_image(prompts: PointPrompts) -> list[SamPrompt]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _PackedImage:
+    """SAM's prompts of one image, one after the other."""
+
+    points: NDArray[np.float32]
+    """[s, 2], (x, y) in the model frame."""
+    labels: NDArray[np.int32]
+    """[s]."""
+    lengths: NDArray[np.int64]
+    """[p], points of each prompt."""
+
+
+def _pack_image(prompts: PointPrompts, frame: ModelFrame) -> _PackedImage:
+    # ``prompts.sam_prompts``, all at once: a point and the padding point at (0, 0).
+    singles = np.zeros((len(prompts), 2, 2), np.float32)
+    singles[:, 0] = frame.to_model(prompts.points)
     together = [
-        class_prompts(_of_source(prompts, source))
+        prompt
         for source in (PromptSource.COARSE, PromptSource.FINE)
+        for prompt in class_prompts(_of_source(prompts, source))
     ]
-    return [*sam_prompts(prompts), *together[0], *together[1]]
+    pair = np.array([FOREGROUND, PADDING], np.int32)
+    return _PackedImage(
+        points=np.concatenate(
+            [singles.reshape(-1, 2), *(frame.to_model(p.points) for p in together)]
+        ),
+        labels=np.concatenate([np.tile(pair, len(prompts)), *(p.labels for p in together)]),
+        lengths=np.array([2] * len(prompts) + [len(p.points) for p in together], np.int64),
+    )
 
 
 def _of_source(prompts: PointPrompts, source: PromptSource) -> PointPrompts:
@@ -141,7 +193,7 @@ def _of_source(prompts: PointPrompts, source: PromptSource) -> PointPrompts:
     )
 
 
-def _offsets(counts: Sequence[int]) -> NDArray[np.int32]:
+def _offsets(counts: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int32]:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int32)
 
 
@@ -155,8 +207,7 @@ def summarize_masks(
         mask_images: [n], position of each mask's image in ``frames``.
         frames: For each image its frame.
     """
-    clean = np.where(np.isnan(logits), -np.inf, logits)
-    clean = clean.clip(-_LOGIT_LIMIT, _LOGIT_LIMIT).astype(np.float32)
+    clean = _usable_logits(logits)
     summary = MaskSummary(
         boxes=np.zeros((len(logits), 4), np.float32),
         stability=np.zeros(len(logits), np.float32),
@@ -184,6 +235,47 @@ def _mask_areas(logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.fl
     return (inside * (cell_width * cell_height)).astype(np.float32)
 
 
+def _usable_logits(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    clean = np.where(np.isnan(logits), -np.inf, logits)
+    return clean.clip(-_LOGIT_LIMIT, _LOGIT_LIMIT).astype(np.float32)
+
+
+def encode_masks(
+    logits: NDArray[np.float32], mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]
+) -> EncodedMasks:
+    """Masks at the resolution of their images, as bits and as run lengths.
+
+    The logits are resized to the model frame, which is cut to its valid part and resized to the
+    image, as SAM does; a pixel above ``MASK_THRESHOLD`` is inside.
+
+    Args:
+        logits: [n, m, m] over the model frame. NaN is outside; values beyond 1e30 count as 1e30.
+        mask_images: [n], position of each mask's image in ``frames``.
+        frames: For each image its frame.
+    """
+    bits, runs = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
+    for mask, image in zip(_usable_logits(logits), mask_images, strict=True):
+        is_inside = _column_order_mask(mask, frames[image])
+        padding = np.zeros(-len(is_inside) % 32, bool)
+        packed = np.packbits(np.concatenate([is_inside, padding]), bitorder="little")
+        bits.append(packed.view("<u4").astype(np.uint32))
+        changes = np.flatnonzero(np.diff(is_inside, prepend=False))
+        runs.append(np.diff(changes, prepend=0, append=len(is_inside)).astype(np.int32))
+    return EncodedMasks(
+        bits=np.concatenate(bits),
+        word_offsets=_offsets([len(words) for words in bits[1:]]),
+        runs=np.concatenate(runs),
+        run_offsets=_offsets([len(lengths) for lengths in runs[1:]]),
+    )
+
+
+def _column_order_mask(logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.bool_]:
+    height, width = frame.valid_size
+    in_frame = upsample_maps(logits, (frame.model_size, frame.model_size))
+    in_image = upsample_maps(in_frame[:height, :width], frame.image_size)
+    return (in_image > MASK_THRESHOLD).T.ravel()
+
+
 def class_nms(
     boxes: Boxes, scores: NDArray[np.float32], labels: NDArray[np.int32], iou_thresh: float
 ) -> NDArray[np.int64]:
@@ -198,9 +290,12 @@ def class_nms(
 def kmeans(points: NDArray[np.int64], num_clusters: int) -> NDArray[np.int64]:
     """Cluster centres of integer points, truncated to integers.
 
-    Deterministic, so that a GPU can give the same bits: the first centre is the point nearest to
-    the mean, each next one the point farthest from all centres so far, ties go to the lowest index;
-    then Lloyd's iterations with integer sums and float64 quotients until no point changes cluster.
+    Deterministic, so that a GPU can give the same bits. There are 8 starts. The first centre of a
+    start is the point of rank 0, n / 4, n / 2 or 3n / 4 by distance from the mean; each next one is
+    the point that leaves the least sum of squared distances to the nearest centre (starts 0 to 3),
+    or the point farthest from all centres so far (4 to 7). Then follow Lloyd's iterations with
+    integer sums and float64 quotients until no point changes cluster; the start with the least sum
+    of squared distances gives the answer. All ties go to the lowest index.
 
     Args:
         points: [n, 2], (x, y), n >= 1.
@@ -209,41 +304,77 @@ def kmeans(points: NDArray[np.int64], num_clusters: int) -> NDArray[np.int64]:
     Returns:
         [at most num_clusters, 2], in the order in which the centres were seeded.
     """
-    centres = _seed(points, num_clusters)
-    assigned = np.full(len(points), -1)
+    centres = points[_seeds(points, num_clusters)].astype(np.float64)
+    assigned = np.full((NUM_STARTS, len(points)), -1)
     for _ in range(_MAX_ITERATIONS):
-        nearest = _squared_distances(points, centres).argmin(axis=1)
+        nearest = _squared_distances(points, centres).argmin(axis=2)
         if (nearest == assigned).all():
             break
         assigned = nearest
         centres = _means(points, assigned, centres)
-    return centres.astype(np.int64)
+    return centres[int(_tightness(points, assigned, centres.shape[1]).argmax())].astype(np.int64)
 
 
-def _seed(points: NDArray[np.int64], num_clusters: int) -> NDArray[np.float64]:
-    places = points.astype(np.float64)
-    mean = points.sum(axis=0) / len(points)
-    chosen = [int(_squared_distances(points, mean[None])[:, 0].argmin())]
-    nearest = _squared_distances(points, places[chosen])[:, 0]
+def _seeds(points: NDArray[np.int64], num_clusters: int) -> NDArray[np.int64]:
+    """Positions of the points that become the first centres of each start, [starts, k]."""
+    num_points = len(points)
+    # Integers below 2**53: these floats and their sums, in any order, are exact.
+    distances = _squared_distances(points, points.astype(np.float64))
+    mean = points.sum(axis=0) / num_points
+    by_distance = _squared_distances(points, mean[None])[:, 0].argsort(kind="stable")
+    ranks = np.arange(_NUM_FIRST_CENTRES) * num_points // _NUM_FIRST_CENTRES
+    chosen = [np.tile(by_distance[ranks], 2)]
+    nearest = distances[chosen[0]]
+    left_by_each = np.empty((_NUM_FIRST_CENTRES, num_points, num_points))
+    ones = np.ones(num_points)
     while len(chosen) < num_clusters and nearest.max() > 0:
-        chosen.append(int(nearest.argmax()))
-        nearest = np.minimum(nearest, _squared_distances(points, places[chosen[-1:]])[:, 0])
-    return places[chosen]
+        np.minimum(nearest[:_NUM_FIRST_CENTRES, None], distances, out=left_by_each)
+        left = left_by_each @ ones
+        farthest = nearest[_NUM_FIRST_CENTRES:]
+        chosen.append(np.concatenate([left.argmin(axis=1), farthest.argmax(axis=1)]))
+        nearest = np.minimum(nearest, distances[chosen[-1]])
+    return np.stack(chosen, axis=1)
 
 
 def _means(
     points: NDArray[np.int64], assigned: NDArray[np.int64], centres: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Mean of each cluster's points; a cluster that lost all its points stays where it was."""
-    counts = np.bincount(assigned, minlength=len(centres))
-    sums = np.stack(
-        [np.bincount(assigned, weights=points[:, axis], minlength=len(centres)) for axis in (0, 1)],
-        axis=1,
-    )
-    return np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centres)
+    counts, sums = _counts_and_sums(points, assigned, centres.shape[1])
+    return np.where(counts[..., None] > 0, sums / np.maximum(counts, 1)[..., None], centres)
+
+
+def _counts_and_sums(
+    points: NDArray[np.int64], assigned: NDArray[np.int64], num_clusters: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Number [starts, k] and sum [starts, k, 2] of each cluster's points."""
+    shape = len(assigned), num_clusters
+    cluster = (assigned + np.arange(len(assigned))[:, None] * num_clusters).ravel()
+    size = len(assigned) * num_clusters
+    sums = [
+        np.bincount(cluster, np.tile(points[:, axis], len(assigned)), minlength=size)
+        for axis in (0, 1)
+    ]
+    counts = np.bincount(cluster, minlength=size).astype(np.int64)
+    return counts.reshape(shape), np.stack(sums, axis=1).astype(np.float64).reshape(*shape, 2)
+
+
+def _tightness(
+    points: NDArray[np.int64], assigned: NDArray[np.int64], num_clusters: int
+) -> NDArray[np.float64]:
+    """[starts], what the squared distances from the origin exceed those from the centres by."""
+    counts, sums = _counts_and_sums(points, assigned, num_clusters)
+    shares = np.square(sums).sum(axis=2) / np.maximum(counts, 1)
+    # Added one after the other: ``sum`` adds in an order of its own.
+    added: NDArray[np.float64] = shares.cumsum(axis=1)
+    return added[:, -1]
 
 
 def _squared_distances(
     points: NDArray[np.int64], centres: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    return np.square(points[:, None, :] - centres[None, :, :]).sum(axis=2)
+    """[..., n, k] of points [n, 2] and centres [..., k, 2]."""
+    places = points.astype(np.float64)
+    columns: NDArray[np.float64] = places[:, 0, None] - centres[..., None, :, 0]
+    rows: NDArray[np.float64] = places[:, 1, None] - centres[..., None, :, 1]
+    return columns * columns + rows * rows

@@ -1,11 +1,13 @@
 """What goes into the prompt kernels for a batch of images and what comes out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weaksam_rt.preprocessing import ModelFrame
+from weaksam_rt.prompt_clustering.device_arrays import AnyArray, DeviceArray, JoinedArrays
 from weaksam_rt.types import PointPrompts, PromptSource
 
 MAX_IMAGE_SIDE = 32767
@@ -13,6 +15,8 @@ MAX_IMAGE_SIDE = 32767
 _MAX_PASSES = 32
 _MAX_MASK_SIDE = 4096
 _MAX_BOXES = 65536
+_MAX_MASK_PIXELS = 2**31 - 1
+"""Of all masks of a call; a mask has at most one run more than pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +26,9 @@ class MapBatch:
     The maps of an image stand together, its coarse ones first, then fine, then cross-attention.
     """
 
-    maps: NDArray[np.float32]
-    """[passes, m, h, w], contiguous. The passes of a map are summed; they share one grid."""
+    maps: AnyArray
+    """[passes, m, h, w], float32, contiguous; ``as_array`` takes those of other libraries. The
+    passes of a map are summed; they share one grid."""
     map_images: NDArray[np.int32]
     """[m], position in ``frames`` of each map's image; never falls."""
     map_sources: NDArray[np.int32]
@@ -38,7 +43,7 @@ class MapBatch:
     def __post_init__(self) -> None:
         _check_array("maps", self.maps, np.float32, 4)
         num_passes, num_maps, height, width = self.maps.shape
-        if not self.maps.flags.c_contiguous:
+        if isinstance(self.maps, np.ndarray) and not self.maps.flags.c_contiguous:
             raise ValueError(f"maps must be contiguous, got strides {self.maps.strides}")
         if height < 1 or width < 1:
             raise ValueError(f"maps must have at least one pixel, got {height}x{width}")
@@ -123,9 +128,22 @@ class MaskSummary:
     """[n], square pixels of the original image."""
 
 
-def check_masks(
-    logits: NDArray[np.float32], mask_images: NDArray[np.int32], num_images: int
-) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedMasks:
+    """n masks at the resolution of their images. Pixels are in COCO's order: down the columns."""
+
+    bits: NDArray[np.uint32]
+    """[w], 32 pixels a word, the lowest bit first; what is left of a mask's last word is 0."""
+    word_offsets: NDArray[np.int32]
+    """[n + 1], words of mask i are [word_offsets[i], word_offsets[i + 1])."""
+    runs: NDArray[np.int32]
+    """[r], lengths of runs of outside and inside in turn; the first, of outside, may be 0. COCO's
+    uncompressed ``counts``."""
+    run_offsets: NDArray[np.int32]
+    """[n + 1], runs of mask i are [run_offsets[i], run_offsets[i + 1])."""
+
+
+def check_masks(logits: AnyArray, mask_images: NDArray[np.int32], num_images: int) -> None:
     """Raise ``ValueError`` unless logits [n, m, m] and their images [n] belong together."""
     _check_array("logits", logits, np.float32, 3)
     _check_array("mask_images", mask_images, np.int32, 1)
@@ -145,11 +163,24 @@ def check_masks(
         )
 
 
+def check_mask_pixels(mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]) -> None:
+    """Raise ``ValueError`` unless the masks' pixels can be counted, and the images share a model
+    frame.
+    """
+    areas = np.array([f.image_size[0] * f.image_size[1] for f in frames], np.int64)
+    total = int(areas[mask_images].sum()) + len(mask_images)
+    if total > _MAX_MASK_PIXELS:
+        raise ValueError(
+            f"the masks must have at most {_MAX_MASK_PIXELS} pixels together, got {total}: send "
+            "fewer masks"
+        )
+    if len({frame.model_size for frame in frames}) > 1:
+        sizes = sorted({frame.model_size for frame in frames})
+        raise ValueError(f"frames must share one model_size, got {sizes}")
+
+
 def check_scored_boxes(
-    boxes: NDArray[np.float32],
-    scores: NDArray[np.float32],
-    labels: NDArray[np.int32],
-    iou_thresh: float,
+    boxes: AnyArray, scores: AnyArray, labels: AnyArray, iou_thresh: float
 ) -> None:
     """Raise ``ValueError`` unless boxes [n, 4], scores [n] and labels [n] belong together."""
     _check_array("boxes", boxes, np.float32, 2)
@@ -166,11 +197,8 @@ def check_scored_boxes(
         raise ValueError(f"iou_thresh must be in [0, 1], got {iou_thresh}")
 
 
-def _check_array(name: str, array: NDArray[np.generic], dtype: type, ndim: int) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != ndim:
-        got = (
-            f"{array.dtype} with {array.ndim}"
-            if isinstance(array, np.ndarray)
-            else type(array).__name__
-        )
+def _check_array(name: str, array: AnyArray, dtype: type, ndim: int) -> None:
+    is_array = isinstance(array, np.ndarray | DeviceArray | JoinedArrays)
+    if not is_array or array.dtype != dtype or array.ndim != ndim:
+        got = f"{array.dtype} with {array.ndim}" if is_array else type(array).__name__
         raise ValueError(f"{name} must be {np.dtype(dtype)} with {ndim} axes, got {got}")

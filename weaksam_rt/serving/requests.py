@@ -19,6 +19,7 @@ from weaksam_rt.errors import (
     ServerUnavailableError,
     WeakSamError,
 )
+from weaksam_rt.prompt_clustering import as_array
 from weaksam_rt.wire_errors import text_from_error
 
 _LOGGER = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ _LOGGER = logging.getLogger(__name__)
 
 def arrays_of(request: Any, contract: ModelContract) -> dict[str, NDArray[Any]]:
     """The request's inputs by name, checked; views of Triton's memory, valid until the response.
+
+    A tensor on a GPU, which Triton passes only to models that ask for it, is a ``DeviceArray``.
 
     Raises:
         ContractError: An input is missing or differs from the contract.
@@ -69,5 +72,7 @@ def _code(error: WeakSamError | ValueError) -> int:
 
 
 def _array(tensor: Any) -> NDArray[Any]:
-    array: NDArray[Any] = tensor.as_numpy()
+    array: Any = (
+        tensor.as_numpy() if tensor.is_cpu() else as_array(tensor.name(), tensor.to_dlpack())
+    )
     return array

@@ -210,6 +210,10 @@ T atomicMin(T* address, T value) {
     return cpu_execution::atomic_update(address, value, [](T a, T b) { return b < a ? b : a; });
 }
 
+inline int __popc(unsigned int bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
+
 inline unsigned int __float_as_uint(float value) {
     return cpu_execution::bits_as<unsigned int>(value);
 }

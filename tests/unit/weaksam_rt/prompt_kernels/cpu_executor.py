@@ -12,18 +12,29 @@ import numpy as np
 import pytest
 
 import weaksam_rt.prompt_clustering as package
+from weaksam_rt.prompt_clustering.device_arrays import DeviceArray, JoinedArrays
 
 SOURCES = Path(package.__file__).parent / "csrc"
 _FLAGS = ("-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 
 
-def build_kernels(folder: Path, *flags: str, sources: Path = SOURCES) -> Path:
-    """The shared library; skips the test where there is no g++."""
+def build_kernels(
+    folder: Path, *flags: str, sources: Path = SOURCES, main: Path | None = None
+) -> Path:
+    """The shared library of ``main``; skips the test where there is no g++.
+
+    Args:
+        folder: Where it is written.
+        flags: For g++.
+        sources: The kernels.
+        main: What is compiled; by default the kernels alone.
+    """
     if shutil.which("g++") is None:
         pytest.skip("no g++: the kernels cannot be built for the CPU")
-    digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:12]
+    main = main or sources / "cpu_kernels.cpp"
+    digest = hashlib.sha256(" ".join([str(main), *flags]).encode()).hexdigest()[:12]
     library = folder / f"kernels_{digest}.so"
-    command = ["g++", *_FLAGS, *flags, str(sources / "cpu_kernels.cpp"), "-o", str(library)]
+    command = ["g++", *_FLAGS, *flags, "-I", str(sources), str(main), "-o", str(library)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     return library
@@ -50,7 +61,7 @@ class CpuExecutor:
             ).reshape(b.shape)
             for name, b in plan.buffers.items()
         }
-        arrays |= {name: np.ascontiguousarray(a) for name, a in plan.inputs.items()}
+        arrays |= {name: _in_place(a) for name, a in plan.inputs.items()}
         for launch in plan.launches:
             self._launch(
                 replace(launch, threads=self._threads) if self._threads else launch, arrays
@@ -67,6 +78,16 @@ class CpuExecutor:
             pointers,
         )
         assert status == 0, launch.kernel
+
+
+def _in_place(array):
+    """As a GPU sees it: the memory of device arrays is read where it is."""
+    if isinstance(array, JoinedArrays):
+        return np.concatenate([_in_place(part).ravel() for part in array.parts])
+    if isinstance(array, DeviceArray):
+        memory = (ctypes.c_char * array.nbytes).from_address(array.address)
+        return np.frombuffer(memory, array.dtype).reshape(array.shape)
+    return np.ascontiguousarray(array)
 
 
 def _as_ctypes(argument, arrays) -> ctypes.Array:

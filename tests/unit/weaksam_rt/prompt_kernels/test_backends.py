@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.unit.weaksam_rt.prompt_kernels.cases import random_batch, random_config
 from weaksam_rt.errors import BackendUnavailableError
 from weaksam_rt.preprocessing import longest_side_frame
 from weaksam_rt.prompt_clustering import (
@@ -186,15 +185,3 @@ def test_cuda_without_a_driver_is_an_error_and_auto_says_what_it_chose(without_d
     assert [r.getMessage() for r in caplog.records] == [
         "prompt clustering: backend reference, since no NVIDIA driver: not found"
     ]
-
-
-@pytest.mark.gpu
-def test_the_gpu_gives_the_prompts_of_numpy():
-    backend = prompt_backend("cuda")
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        batch, config = random_batch(rng), random_config(rng)
-        ours, expected = (b.prompt_batch(batch, config) for b in (backend, ReferenceBackend()))
-        np.testing.assert_array_equal(ours.sam_points, expected.sam_points)
-        np.testing.assert_array_equal(ours.prompts.scores, expected.prompts.scores)
-        np.testing.assert_array_equal(ours.image_index, expected.image_index)

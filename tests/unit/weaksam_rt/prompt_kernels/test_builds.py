@@ -1,20 +1,26 @@
 """The kernels compile for every GPU, spill nothing, and run clean under g++'s sanitizers."""
 
+import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import SOURCES, build_kernels
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError
-from weaksam_rt.prompt_clustering import _nvrtc
+from weaksam_rt.prompt_clustering import _nvrtc, _prebuilt
+from weaksam_rt.prompt_clustering._cuda import kernel_codes
 
 _KERNELS = {
-    "axis_tables", "find_peaks", "cluster_peaks", "count_prompts", "pack_prompts",
-    "summarize_masks", "nms_order", "nms_conflicts", "nms_select",
+    "axis_tables", "find_peaks", "cluster_peaks", "choose_clusters", "count_prompts",
+    "pack_prompts", "summarize_masks", "pack_masks", "count_runs", "write_runs", "nms_order",
+    "nms_conflicts", "nms_select",
 }  # fmt: skip
 _ROOT = Path(__file__).parents[4]
 _RUN_CASES = """
@@ -33,6 +39,7 @@ for seed in range(int(sys.argv[2])):
     logits = rng.normal(size=(2, 9, 9)).astype(np.float32)
     frames = [longest_side_frame((31, 17), 36)]
     backend.summarize_masks(logits, np.zeros(2, np.int32), frames)
+    backend.encode_masks(logits, np.zeros(2, np.int32), frames)
     corners = np.sort(rng.random((70, 2, 2), dtype=np.float32), axis=1)
     boxes = corners.reshape(70, 4)
     labels = np.zeros(70, np.int32)
@@ -49,11 +56,77 @@ def _compiled(architecture):
 
 
 @pytest.mark.parametrize("architecture", _nvrtc.ARCHITECTURES)
-def test_every_kernel_compiles_without_spilling(architecture):
-    resources = _compiled(architecture).resources
+def test_every_kernel_compiles_without_spilling_into_what_is_prebuilt(architecture):
+    compiled = _compiled(architecture)
+    resources = compiled.resources
     assert set(resources) == _KERNELS
     assert {name: r.spilled_bytes for name, r in resources.items() if r.spilled_bytes} == {}
     assert all(r.registers <= 128 for r in resources.values())
+    manifest = _prebuilt.read_manifest()
+    assert manifest is not None, "run python -m weaksam_rt.prompt_clustering.build"
+    if manifest["nvrtc"] == _nvrtc.nvrtc_version():
+        recorded = manifest["architectures"][architecture]
+        assert recorded["kernels"] == {name: asdict(r) for name, r in resources.items()}
+        assert recorded["sha256"] == hashlib.sha256(compiled.code).hexdigest()
+
+
+def test_what_is_prebuilt_is_of_this_source_and_whole():
+    manifest = _prebuilt.read_manifest()
+    assert manifest is not None, "run python -m weaksam_rt.prompt_clustering.build"
+    assert {*manifest["architectures"]} == {*_nvrtc.ARCHITECTURES, _prebuilt.PTX_ARCHITECTURE}
+    assert sum(p.stat().st_size for p in _prebuilt.FOLDER.iterdir()) < 500_000
+    for architecture in _nvrtc.ARCHITECTURES:
+        names = [name for name, _ in _prebuilt.prebuilt_kernels(architecture)]
+        assert names == [architecture, _prebuilt.PTX_ARCHITECTURE]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("sm_75", []),
+        ("sm_87", ["sm_86", "compute_80"]),
+        ("sm_103", ["sm_100", "compute_80"]),
+        ("sm_110", ["compute_80"]),
+        ("sm_121", ["sm_120", "compute_80"]),
+    ],
+)
+def test_a_gpu_gets_code_of_its_generation_or_ptx(architecture, expected):
+    found = dict(_prebuilt.prebuilt_kernels(architecture))
+    assert list(found) == expected
+    assert all(code.startswith(b"\x7fELF") for n, code in found.items() if n.startswith("sm"))
+
+
+def test_prebuilt_ptx_rounds_every_operation_alone():
+    (_, ptx) = [*_prebuilt.prebuilt_kernels("sm_80")][-1]
+    assert b".target sm_80" in ptx
+    assert ptx.endswith(b"\0")
+    for kernel in _KERNELS:
+        assert f".entry {kernel}(".encode() in ptx
+    assert b"mul.rn.f32" in ptx
+    assert b"fma.rn" not in ptx
+    # What has no rounding mode of its own may be fused by the driver.
+    assert re.search(rb"\b(mul|add|sub)\.f(32|64)\b", ptx) is None
+
+
+def test_prebuilt_kernels_of_another_source_are_not_used(tmp_path):
+    folder = shutil.copytree(_prebuilt.FOLDER, tmp_path / "prebuilt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "sm_90.cubin.z").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match=r"sm_90\.cubin\.z cannot be read"):
+        [*_prebuilt.prebuilt_kernels("sm_90", folder)]
+    (folder / "sm_90.cubin.z").write_bytes((folder / "sm_89.cubin.z").read_bytes())
+    with pytest.raises(ArtifactError, match=r"sm_90\.cubin\.z differs from its manifest"):
+        [*_prebuilt.prebuilt_kernels("sm_90", folder)]
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"source": "other"}))
+    assert [*_prebuilt.prebuilt_kernels("sm_90", folder)] == []
+    assert [*_prebuilt.prebuilt_kernels("sm_90", tmp_path / "none")] == []
+
+
+def test_nvrtc_comes_after_what_is_prebuilt(tmp_path, monkeypatch):
+    _compiled("sm_80")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = [name for name, _ in kernel_codes("sm_87")]
+    assert names == ["prebuilt sm_86", "prebuilt compute_80", "compiled by NVRTC"]
 
 
 def test_the_cache_is_written_once_and_read_again(tmp_path):

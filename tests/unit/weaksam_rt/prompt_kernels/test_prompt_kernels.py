@@ -4,15 +4,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 
 from tests.unit.weaksam_rt.prompt_kernels.cases import random_batch, random_config
 from weaksam_rt.class_activation_map import PeakConfig
 from weaksam_rt.errors import InferenceError
-from weaksam_rt.preprocessing import longest_side_frame
+from weaksam_rt.masks import image_logits
+from weaksam_rt.preprocessing import ModelFrame, longest_side_frame, resize_maps
 from weaksam_rt.prompt_clustering import ClusteringConfig, MapBatch, _reference
 from weaksam_rt.prompt_clustering._backends import KernelBackend, ReferenceBackend
-from weaksam_rt.prompt_clustering._plan import PromptCapacity
-from weaksam_rt.types import PromptSource
+from weaksam_rt.prompt_clustering._plan import (
+    PromptCapacity,
+    plan_mask_encoding,
+    read_mask_encoding,
+)
+from weaksam_rt.prompts import class_prompts, sam_prompts
+from weaksam_rt.types import PointPrompts, PromptSource
 
 seeds = st.integers(0, 2**32 - 1)
 thread_counts = st.sampled_from([1, 3, 32, 64])
@@ -22,14 +29,11 @@ BOX_TOLERANCE_PX = 1e-3
 
 def definition(batch, config):
     """Every map upsampled in full, every peak found on all its pixels."""
+    peaks = _reference.batch_peaks(
+        batch, cam_peaks=config.cam_peaks, cross_peaks=config.cross_peaks
+    )
     images = [
-        _reference.image_prompts(
-            batch,
-            image,
-            cam_peaks=config.cam_peaks,
-            cross_peaks=config.cross_peaks,
-            points_per_cluster=config.points_per_cluster,
-        )
+        _reference.image_prompts(batch, image, peaks, config.points_per_cluster)
         for image in range(batch.num_images)
     ]
     return _reference.pack_batch(images, batch.frames)
@@ -44,7 +48,7 @@ def assert_same_prompts(ours, expected):
         np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name), err_msg=name)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(seeds, thread_counts)
 def test_prompts_of_random_batches_equal_the_definition(cpu_kernels, seed, threads):
     rng = np.random.default_rng(seed)
@@ -83,6 +87,31 @@ def test_every_pixel_of_an_upsampled_map_has_the_bits_of_the_definition(cpu_kern
     # The pixel of the minimum is 0; that of the maximum may be another one only of 1x1.
     assert len(expected.prompts) >= size[0] * size[1] / 2 or 1 in size
     assert_same_prompts(ours, expected)
+
+
+@given(seeds)
+def test_packed_prompts_are_the_decoders_prompts_of_each_image(seed):
+    rng = np.random.default_rng(seed)
+    images = [_random_point_prompts(rng) for _ in range(int(rng.integers(1, 4)))]
+    frames = [longest_side_frame((int(rng.integers(9, 60)), 40), 64) for _ in images]
+    packed = _reference.pack_batch(images, frames)
+    expected = [
+        (image, prompt)
+        for image, prompts in enumerate(images)
+        for prompt in [
+            *sam_prompts(prompts),
+            *class_prompts(_of_source(prompts, PromptSource.COARSE)),
+            *class_prompts(_of_source(prompts, PromptSource.FINE)),
+        ]
+    ]
+    assert packed.image_index.tolist() == [image for image, _ in expected]
+    for (image, prompt), start, stop in zip(
+        expected, packed.sam_offsets[:-1], packed.sam_offsets[1:], strict=True
+    ):
+        np.testing.assert_array_equal(
+            packed.sam_points[start:stop], frames[image].to_model(prompt.points)
+        )
+        np.testing.assert_array_equal(packed.sam_labels[start:stop], prompt.labels)
 
 
 def test_more_visits_than_remembered_rulers_change_nothing(cpu_kernels):
@@ -124,25 +153,75 @@ def test_a_buffer_that_is_too_small_is_reported_not_cut(cpu_kernels):
             backend.prompt_batch(batch, ClusteringConfig())
 
 
-@settings(max_examples=60, deadline=None)
-@given(seeds, thread_counts)
-def test_mask_summaries_equal_the_definition(cpu_kernels, seed, threads):
-    rng = np.random.default_rng(seed)
+def _random_masks(rng, *, max_size):
+    """Logits of up to 5 masks of two images, some broken."""
     side = int(rng.integers(1, 24))
     num_masks = int(rng.integers(1, 6))
-    sizes = [tuple(int(s) for s in rng.integers(1, 900, 2)) for _ in range(2)]
+    sizes = [tuple(int(s) for s in rng.integers(1, max_size, 2)) for _ in range(2)]
     frames = [longest_side_frame(size, 4 * side) for size in sizes]
     logits = rng.normal(rng.normal(), 2, (num_masks, side, side)).astype(np.float32)
     for value in (np.nan, np.inf, -np.inf, 3e38):
         logits[rng.random(logits.shape) < rng.choice([0, 0.02])] = value
     if rng.random() < 0.2:
         logits[0] = rng.choice([-1, 0, 1])
-    images = rng.integers(0, 2, num_masks).astype(np.int32)
+    return logits, rng.integers(0, 2, num_masks).astype(np.int32), frames
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, thread_counts)
+def test_mask_summaries_equal_the_definition(cpu_kernels, seed, threads):
+    logits, images, frames = _random_masks(np.random.default_rng(seed), max_size=900)
     ours = KernelBackend(cpu_kernels.with_threads(threads)).summarize_masks(logits, images, frames)
     expected = ReferenceBackend().summarize_masks(logits, images, frames)
     np.testing.assert_allclose(ours.boxes, expected.boxes, rtol=1e-6, atol=BOX_TOLERANCE_PX)
     np.testing.assert_array_equal(ours.stability, expected.stability)
     np.testing.assert_allclose(ours.areas, expected.areas, rtol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, thread_counts)
+def test_encoded_masks_equal_the_definition(cpu_kernels, seed, threads):
+    masks = _random_masks(np.random.default_rng(seed), max_size=60)
+    ours = KernelBackend(cpu_kernels.with_threads(threads)).encode_masks(*masks)
+    expected = ReferenceBackend().encode_masks(*masks)
+    for name in ("bits", "word_offsets", "runs", "run_offsets"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name), err_msg=name)
+
+
+@given(seeds)
+def test_encoded_masks_are_those_of_the_image_logits_in_cocos_form(seed):
+    rng = np.random.default_rng(seed)
+    frame = longest_side_frame((int(rng.integers(8, 90)), int(rng.integers(8, 90))), 64)
+    logits = resize_maps(rng.normal(size=(3, 5, 5)).astype(np.float32), (16, 16))
+    encoded = ReferenceBackend().encode_masks(logits, np.zeros(3, np.int32), (frame,))
+    at_image = image_logits(logits, frame)
+    for i in range(3):
+        counts = encoded.runs[encoded.run_offsets[i] : encoded.run_offsets[i + 1]]
+        rle = coco_mask.frPyObjects(
+            {"counts": counts.tolist(), "size": list(frame.image_size)}, *frame.image_size
+        )
+        from_runs = coco_mask.decode(rle).astype(bool)
+        words = encoded.bits[encoded.word_offsets[i] : encoded.word_offsets[i + 1]]
+        bits = np.unpackbits(words.astype("<u4").view(np.uint8), bitorder="little")
+        from_bits = bits[: from_runs.size].reshape(from_runs.shape[::-1]).T.astype(bool)
+        np.testing.assert_array_equal(from_runs, from_bits)
+        # The matrix products of ``image_logits`` round in another order.
+        is_sure = np.abs(at_image[i]) > 1e-5
+        np.testing.assert_array_equal(from_runs[is_sure], at_image[i][is_sure] > 0)
+
+
+def test_masks_with_more_runs_than_guessed_are_encoded_all_the_same(cpu_kernels):
+    # Every other pixel is inside: a run a pixel.
+    logits = np.where(np.indices((20, 20)).sum(axis=0) % 2, 1, -1).astype(np.float32)[None]
+    frame = ModelFrame(image_size=(20, 20), valid_size=(20, 20), model_size=20)
+    masks = logits, np.zeros(1, np.int32), (frame,)
+    backend = KernelBackend(cpu_kernels.with_threads(3))
+    assert len(backend.encode_masks(*masks).runs) > 300
+    plan = plan_mask_encoding(*masks, run_capacity=300)
+    outputs = cpu_kernels.with_threads(32).run(plan)
+    assert (outputs["runs"].view(np.uint8) == 0xA5).all()
+    with pytest.raises(InferenceError, match=r"masks have 3\d\d runs, the buffer holds 300"):
+        read_mask_encoding(plan, outputs)
 
 
 @settings(max_examples=60, deadline=None)
@@ -161,6 +240,23 @@ def test_nms_keeps_the_boxes_of_the_definition(cpu_kernels, seed, threads, iou_t
     )
     expected = ReferenceBackend().class_nms(boxes, scores, labels, iou_thresh)
     np.testing.assert_array_equal(ours, expected)
+
+
+def _random_point_prompts(rng):
+    count = int(rng.integers(0, 12))
+    return PointPrompts(
+        points=rng.integers(0, 40, (count, 2)).astype(np.float32),
+        scores=rng.random(count, dtype=np.float32),
+        class_ids=rng.integers(0, 3, count).astype(np.int32),
+        sources=np.sort(rng.integers(1, 4, count)).astype(np.int32),
+    )
+
+
+def _of_source(prompts, source):
+    members = prompts.sources == source
+    return PointPrompts(
+        **{n: getattr(prompts, n)[members] for n in ("points", "scores", "class_ids", "sources")}
+    )
 
 
 def _one_map(maps, size):

@@ -1,0 +1,237 @@
+"""``CudaExecutor`` with every kernel, beside NumPy: on a stand-in for NVIDIA's driver that runs
+the kernels on the CPU, and, where there is one, on a GPU.
+"""
+
+import ctypes
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.weaksam_rt.prompt_kernels.cases import random_batch, random_config
+from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import build_kernels
+from weaksam_rt.errors import BackendUnavailableError, InferenceError
+from weaksam_rt.preprocessing import longest_side_frame
+from weaksam_rt.prompt_clustering import (
+    ClusteringConfig,
+    MapBatch,
+    _cuda,
+    as_array,
+    class_nms,
+    encode_masks,
+    prompt_backend,
+    prompt_batch,
+    prompts_from_maps,
+    summarize_masks,
+)
+from weaksam_rt.prompt_clustering._cuda import CudaExecutor
+from weaksam_rt.prompt_clustering._plan import (
+    full_capacity,
+    plan_mask_encoding,
+    plan_prompts,
+    read_prompts,
+)
+
+_CUDA = ClusteringConfig(backend="cuda")
+_REFERENCE = ClusteringConfig()
+
+
+@pytest.fixture(scope="session")
+def cpu_driver(tmp_path_factory):
+    main = Path(__file__).parent / "cpu_driver.cpp"
+    return ctypes.CDLL(str(build_kernels(tmp_path_factory.mktemp("driver"), "-O2", main=main)))
+
+
+@pytest.fixture
+def stand_in(cpu_driver, monkeypatch):
+    """The driver's stand-in, in place of the driver."""
+    monkeypatch.setattr(_cuda, "_open_driver", lambda: cpu_driver)
+    prompt_backend.cache_clear()
+    yield cpu_driver
+    prompt_backend.cache_clear()
+
+
+@pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+def num_cases(request):
+    """How many random cases are worth their time, and where they run."""
+    if request.param == "stand-in":
+        request.getfixturevalue("stand_in")
+        return 4
+    return int(os.environ.get("PROMPT_KERNEL_CASES", "200"))
+
+
+def _assert_same(ours, expected, names):
+    for name in names:
+        np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name), err_msg=name)
+
+
+def test_prompts_of_random_batches_are_those_of_numpy(num_cases):
+    for seed in range(num_cases):
+        rng = np.random.default_rng(seed)
+        batch, rules = random_batch(rng, max_maps=12), random_config(rng)
+        config = {n: getattr(rules, n) for n in ("cam_peaks", "cross_peaks", "points_per_cluster")}
+        ours = prompt_batch(batch, ClusteringConfig(**config, backend="cuda"))
+        expected = prompt_batch(batch, ClusteringConfig(**config))
+        _assert_same(
+            ours, expected,
+            ("point_offsets", "sam_points", "sam_labels", "sam_offsets", "image_index"),
+        )  # fmt: skip
+        _assert_same(ours.prompts, expected.prompts, ("points", "scores", "class_ids", "sources"))
+
+
+def _image(rng, num_classes=2, num_layers=12):
+    return {
+        "coarse_maps": rng.random((num_classes, 14, 14), dtype=np.float32),
+        "fine_maps": rng.random((num_classes, 14, 14), dtype=np.float32),
+        "cross_maps": rng.random((num_layers, num_classes, 14, 14), dtype=np.float32),
+        "class_ids": np.arange(num_classes, dtype=np.int32),
+        "image_size": (375, 500),
+    }
+
+
+def test_a_served_image_gives_the_prompts_of_numpy(num_cases):
+    image = _image(np.random.default_rng(0))
+    expected = prompts_from_maps(**image, config=_REFERENCE)
+    ours = prompts_from_maps(**image, config=_CUDA)
+    assert len(expected) > 10
+    _assert_same(ours, expected, ("points", "scores", "class_ids", "sources"))
+
+
+def test_masks_are_those_of_numpy(num_cases):
+    for seed in range(num_cases):
+        rng = np.random.default_rng(seed)
+        side = int(rng.integers(2, 40))
+        frames = [longest_side_frame((int(h), 61), 4 * side) for h in rng.integers(9, 90, 2)]
+        logits = rng.normal(size=(3, side, side)).astype(np.float32)
+        masks = logits, np.array([1, 0, 1], np.int32), frames
+        _assert_same(
+            encode_masks(*masks, backend="cuda"), encode_masks(*masks, backend="reference"),
+            ("bits", "word_offsets", "runs", "run_offsets"),
+        )  # fmt: skip
+        ours, expected = (summarize_masks(*masks, backend=b) for b in ("cuda", "reference"))
+        np.testing.assert_array_equal(ours.stability, expected.stability)
+        np.testing.assert_allclose(ours.boxes, expected.boxes, rtol=1e-6, atol=1e-3)
+        np.testing.assert_allclose(ours.areas, expected.areas, rtol=1e-6)
+
+
+def test_suppression_is_that_of_numpy(num_cases):
+    for seed in range(num_cases):
+        rng = np.random.default_rng(seed)
+        corners = np.sort(rng.integers(0, 60, (300, 2, 2)), axis=1).astype(np.float32)
+        scored = corners.reshape(-1, 4), rng.random(300, dtype=np.float32), np.zeros(300, np.int32)
+        kept = [class_nms(*scored, iou_thresh=0.4, backend=b) for b in ("cuda", "reference")]
+        np.testing.assert_array_equal(*kept)
+
+
+def test_a_captured_graph_gives_the_same_prompts_again_and_again(num_cases):
+    rng = np.random.default_rng(3)
+    batch = random_batch(rng, max_maps=12)
+    plan = plan_prompts(
+        batch, cam_peaks=_REFERENCE.cam_peaks, cross_peaks=_REFERENCE.cross_peaks,
+        points_per_cluster=5,
+    )  # fmt: skip
+    room = full_capacity(batch, max_candidates=25)
+    executor = CudaExecutor()
+    with executor.loaded(plan) as loaded, loaded.captured() as launch:
+        for _ in range(3):
+            launch()
+        ours = read_prompts(loaded.outputs(), room)
+    expected = prompt_batch(batch, _REFERENCE)
+    assert len(expected.prompts) > 0
+    _assert_same(ours, expected, ("sam_points", "sam_labels", "sam_offsets", "image_index"))
+
+
+def _one_map(maps):
+    return MapBatch(
+        maps=maps,
+        map_images=np.zeros(1, np.int32),
+        map_sources=np.array([3], np.int32),
+        map_classes=np.zeros(1, np.int32),
+        frames=(longest_side_frame((40, 50), 64),),
+    )
+
+
+class _Lent:
+    """Memory that someone else's stream fills."""
+
+    def __init__(self, array, stream=None):
+        self.array = array
+        self.__cuda_array_interface__ = {
+            "shape": array.shape, "typestr": array.dtype.str, "version": 3, "stream": stream,
+            "data": (array.ctypes.data, False),
+        }  # fmt: skip
+
+
+def test_lent_maps_are_waited_for_and_read_where_they_are(stand_in):
+    image = _image(np.random.default_rng(1), num_layers=2)
+    expected = prompts_from_maps(**image, config=_REFERENCE)
+    waits = ctypes.c_int.in_dll(stand_in, "num_waits")
+    waits.value = 0
+    lent = {
+        "fine_maps": _Lent(image["fine_maps"]),
+        "cross_maps": _Lent(image["cross_maps"], stream=2),
+    }
+    ours = prompts_from_maps(**(image | lent), config=_CUDA)
+    np.testing.assert_array_equal(ours.points, expected.points)
+    assert waits.value == 1
+    maps = image["cross_maps"][:1, :1]
+    batch = _one_map(as_array("maps", _Lent(maps)))
+    np.testing.assert_array_equal(
+        prompt_batch(batch, _CUDA).sam_points, prompt_batch(_one_map(maps), _REFERENCE).sam_points
+    )
+
+
+def test_maps_on_another_gpu_are_refused(stand_in):
+    lent = as_array("maps", _Lent(np.zeros((1, 1, 4, 4), np.float32)))
+    elsewhere = type(lent)(
+        address=lent.address, shape=lent.shape, dtype=lent.dtype, device=1, stream=None, owner=lent
+    )
+    with pytest.raises(ValueError, match="maps lies on cuda:1, the kernels run on cuda:0"):
+        prompt_batch(_one_map(elsewhere), _CUDA)
+
+
+@pytest.mark.gpu
+def test_tensors_of_pytorch_stay_on_the_gpu():
+    image = _image(np.random.default_rng(2))
+    on_gpu = {
+        name: torch.from_numpy(image[name]).cuda()
+        for name in ("coarse_maps", "fine_maps", "cross_maps")
+    }
+    ours = prompts_from_maps(**(image | on_gpu), config=_CUDA)
+    expected = prompts_from_maps(**image, config=_REFERENCE)
+    np.testing.assert_array_equal(ours.points, expected.points)
+    # A producer that is not done yet is waited for.
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = on_gpu["cross_maps"] * 1
+        ours = prompts_from_maps(**(image | on_gpu | {"cross_maps": late}), config=_CUDA)
+    np.testing.assert_array_equal(ours.points, expected.points)
+
+
+def test_the_next_code_is_tried_where_the_driver_refuses_one(stand_in, caplog):
+    caplog.set_level(logging.INFO)
+    ctypes.c_int.in_dll(stand_in, "refused_images").value = 1
+    CudaExecutor()
+    assert "prompt kernels for sm_90: prebuilt compute_80" in caplog.messages
+    ctypes.c_int.in_dll(stand_in, "refused_images").value = 100
+    try:
+        with pytest.raises(BackendUnavailableError, match=r"\(sm_90\): prebuilt sm_90: status 200"):
+            CudaExecutor()
+    finally:
+        ctypes.c_int.in_dll(stand_in, "refused_images").value = 0
+
+
+def test_a_gpu_that_is_not_there_is_an_error(stand_in):
+    with pytest.raises(BackendUnavailableError, match="no GPU 1: status 101"):
+        prompt_batch(_one_map(np.zeros((1, 1, 4, 4), np.float32)), _CUDA, device=1)
+
+
+def test_a_batch_that_the_memory_does_not_hold_is_an_error(stand_in):
+    logits = np.zeros((300, 8, 8), np.float32)
+    masks = logits, np.zeros(300, np.int32), [longest_side_frame((2600, 2600), 32)]
+    with pytest.raises(InferenceError, match=r"needs \d+ bytes of GPU memory"):
+        CudaExecutor().run(plan_mask_encoding(*masks, run_capacity=2**28))
