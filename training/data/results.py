@@ -7,7 +7,7 @@ empty, not missing.
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,34 @@ def read_detections(path: Path, *, folder: CocoFolder) -> dict[int, Detections]:
     return found
 
 
-def write_proposals(path: Path, proposals: Mapping[int, Proposals]) -> None:
-    """Write the class-agnostic boxes of many images, by image id, atomically."""
-    entries = []
-    for image_id, found in proposals.items():
+def write_proposals(
+    path: Path, proposals: Mapping[int, Proposals] | Iterable[tuple[int, Proposals]]
+) -> None:
+    """Write the class-agnostic boxes of many images, by image id, atomically.
+
+    Of an iterable of pairs one image at a time is held.
+    """
+    pairs = proposals.items() if isinstance(proposals, Mapping) else proposals
+    with atomic_path(path) as temporary, temporary.open("w") as file:
+        file.write("[")
+        separator = ""
+        for image_id, found in pairs:
+            if entries := _proposal_entries(image_id, found):
+                file.write(separator + json.dumps(entries)[1:-1])
+                separator = ", "
+        file.write("]")
+
+
+def _proposal_entries(image_id: int, found: Proposals) -> list[dict[str, Any]]:
+    return [
+        {
+            **_entry(image_id, PROPOSAL_CATEGORY_ID, box_xywh, round(score, _SCORE_DIGITS)),
+            "source": source,
+        }
         for box_xywh, score, source in zip(
             _rounded_xywh(found.boxes), found.scores.tolist(), found.sources.tolist(), strict=True
-        ):
-            entry = _entry(image_id, PROPOSAL_CATEGORY_ID, box_xywh, round(score, _SCORE_DIGITS))
-            entries.append({**entry, "source": source})
-    _write_entries(path, entries)
+        )
+    ]
 
 
 def read_proposals(path: Path, *, folder: CocoFolder) -> dict[int, Proposals]:

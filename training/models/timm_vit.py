@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Float
-from timm.layers import Attention
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -19,10 +19,12 @@ from training.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from training.models.vit import VitConfig, VitParts
 
 
-class AttentiveBlock(Block):  # type: ignore[misc]
+class AttentiveBlock(Block):
     """timm's block that also gives its attention."""
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "b t d"]
+    ) -> tuple[Tensor, Tensor]:
         """The new tokens [b, t, d] and the post-softmax attention [b, n, t, t]."""
         change, attention = _attend(self.attn, self.norm1(x))
         x = x + self.drop_path1(self.ls1(change))
@@ -52,7 +54,8 @@ def timm_vit_config(name: str, *, image_size: int | None = None, **settings: Any
     Raises:
         ValueError: timm has no such model, or it is no plain ViT (what differs is named).
     """
-    model = _create(name, **({} if image_size is None else {"img_size": image_size}))
+    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    model = _create(name, **size)
     _check_is_plain(name, model)
     embed = model.patch_embed
     return VitConfig(
@@ -96,7 +99,7 @@ def timm_parts(config: VitConfig) -> VitParts:
     return VitParts(
         projection=model.patch_embed.proj,
         norm_pre=model.norm_pre,
-        blocks=model.blocks,
+        blocks=nn.ModuleList(model.blocks),
         norm=model.norm,
     )
 

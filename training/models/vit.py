@@ -107,8 +107,8 @@ class VitParts:
     """Image [b, 3, h, w] to patches [b, d, h', w']; None: a plain convolution."""
     norm_pre: nn.Module
     """Between positions and the first block."""
-    blocks: nn.Module
-    """Iterable; each gives the new tokens [b, t, d] and its attention [b, n, t, t]."""
+    blocks: nn.ModuleList
+    """Each gives the new tokens [b, t, d] and its attention [b, n, t, t]."""
     norm: nn.Module
 
 

@@ -58,7 +58,18 @@ class VitClassifierAdapter(nn.Module):
 
         The m cross maps are those of the first chosen layer's heads, then the next layer's.
         """
-        output = self.model(normalize_images(image))
+        return self.forward_normalized(normalize_images(image))
+
+    def forward_normalized(
+        self, image: Float[Tensor, "b 3 y x"]
+    ) -> tuple[
+        Float[Tensor, "b c"],
+        Float[Tensor, "b c h w"],
+        Float[Tensor, "b c h w"],
+        Float[Tensor, "b m c h w"],
+    ]:
+        """The same for normalised RGB of any shape."""
+        output = self.model(image)
         cross = torch.cat([output.cross_maps[:, layer] for layer in self.layers], dim=1)
         if self.class_tokens is None:
             return output.class_logits, output.coarse_maps, output.fine_maps, cross
