@@ -175,14 +175,15 @@ def propose_on_ray(
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    per_worker = {"num_gpus": 1} if config.device == "cuda" else {"num_cpus": 1}
+    on_gpu = config.device == "cuda"
     items = ray.data.from_items(list(todo), override_num_blocks=min(len(todo), 4 * num_workers))
     lines = items.map_batches(
         _RayProposer,
         fn_constructor_args=(config,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=num_workers),
-        **per_worker,
+        num_gpus=1 if on_gpu else None,
+        num_cpus=None if on_gpu else 1,
     )
     try:
         for row in lines.iter_rows():

@@ -23,7 +23,7 @@ from weaksam_rt.contracts import VIT_CLASSIFIER
 from weaksam_rt.masks import decode_rle
 from weaksam_rt.pipeline import WeakSamPipeline, sum_over_flip
 from weaksam_rt.preprocessing import resize_maps, resize_to_square
-from weaksam_rt.proposals import select_proposals
+from weaksam_rt.proposals import PromptedBoxes, select_proposals
 from weaksam_rt.types import PointPrompts, PromptSource
 
 _LOGGER = logging.getLogger(__name__)
@@ -118,8 +118,19 @@ class ImageProposer:
     def _from_published_maps(
         self, record: ImageRecord, image: NDArray[np.uint8], tags: list[str] | None
     ) -> ImagePart:
+        peaks, used = self._published_peaks(image, tags)
+        prompts, prompted = asyncio.run(self._pipeline.prompted_boxes(image, peaks=peaks))
+        return ImagePart(
+            proposals=select_proposals(prompted, record.image_size, self.recipe.pipeline.proposals),
+            prompts=_from_maps(prompts),
+            used_tags=tuple(self._classifier.class_names[c] for c in used),
+        )
+
+    def _published_peaks(
+        self, image: NDArray[np.uint8], tags: list[str] | None
+    ) -> tuple[PointPrompts, tuple[int, ...]]:
         names, settings = self._classifier.class_names, self.recipe.pipeline
-        peaks, used = peak_prompts(
+        return peak_prompts(
             self._classifier,
             image,
             None if tags is None else [names.index(tag) for tag in tags],
@@ -127,12 +138,18 @@ class ImageProposer:
             clustering=settings.clustering,
             present_logit_thresh=settings.present_logit_thresh,
         )
-        prompts, prompted = asyncio.run(self._pipeline.prompted_boxes(image, peaks))
-        return ImagePart(
-            proposals=select_proposals(prompted, record.image_size, settings.proposals),
-            prompts=_from_maps(prompts),
-            used_tags=tuple(names[c] for c in used),
-        )
+
+    def prompted(self, record: ImageRecord) -> tuple[PointPrompts, PromptedBoxes]:
+        """All prompts of one image and their boxes before any filter, for experiments.
+
+        Raises:
+            ValueError: The image cannot be used.
+        """
+        image, tags = read_image(record), _tags(record, self.folder, self.recipe)
+        peaks = None
+        if self.recipe.maps == "published":
+            peaks, _ = self._published_peaks(image, tags)
+        return asyncio.run(self._pipeline.prompted_boxes(image, peaks=peaks, tags=tags))
 
     def evidence(self, record: ImageRecord, part: ImagePart) -> ImageEvidence:
         """What the report shows of an image with the result ``part``: its maps and masks again."""

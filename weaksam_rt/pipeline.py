@@ -214,17 +214,29 @@ class WeakSamPipeline:
         )
 
     async def prompted_boxes(
-        self, image: NDArray[np.uint8], peaks: PointPrompts
+        self,
+        image: NDArray[np.uint8],
+        *,
+        peaks: PointPrompts | None = None,
+        tags: Sequence[str] | None = None,
     ) -> tuple[PointPrompts, PromptedBoxes]:
         """The prompts of one image and the boxes of the masks that they give, before any filter.
 
         Args:
             image: RGB uint8 [h, w, 3].
-            peaks: Peaks of its maps, from whatever made them; the grid is added here.
+            peaks: Peaks of its maps, from whatever made them; None: from the classifier. The grid
+                is added here.
+            tags: For the classifier's peaks, as in ``propose``.
+
+        Raises:
+            ValueError: ``tags`` is empty or names an unknown class.
         """
-        embedded = await self._embed(image)
+        if peaks is None:
+            names = self._classifier().class_names
+            class_ids = None if tags is None else _class_ids(tags, names)
+            _, peaks = await self._peak_prompts(image, class_ids)
         prompts = self._used_prompts((image.shape[0], image.shape[1]), peaks)
-        return prompts, await self._prompted_boxes(embedded, prompts)
+        return prompts, await self._prompted_boxes(await self._embed(image), prompts)
 
     async def segment(
         self,
