@@ -51,11 +51,15 @@ class Process:
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """The mean of each value over all processes, on all of them."""
+        return {name: value / self.num_processes for name, value in self.total(values).items()}
+
+    def total(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The sum of each value over all processes, on all of them."""
         if self.num_processes == 1:
             return dict(values)
         total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         distributed.all_reduce(total)
-        return dict(zip(values, (total / self.num_processes).tolist(), strict=True))
+        return dict(zip(values, total.tolist(), strict=True))
 
     def add_gradients_(self, parameters: Iterator[nn.Parameter]) -> None:
         """Make each gradient the sum over all processes; a process without one adds zero."""

@@ -272,8 +272,9 @@ def test_a_process_that_fails_stops_the_run_with_its_reason(world, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_a_ray_cluster_of_two_processes_gives_the_same_result(world, tmp_path):
+def test_a_ray_cluster_of_two_processes_gives_the_same_result(world, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # a busy machine starves its workers
     generate_proposals(_config(world, tmp_path / "whole"))
     root = str(Path(__file__).parents[3])
     paths = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
