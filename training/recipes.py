@@ -197,8 +197,8 @@ def coco14() -> ChainRecipe:
         ...`` as for ``voc07``.
     Hardware and time:
         Not run at this size by us. By the estimate of ``voc07`` the proposals of all 123,287 images
-        take a compact SAM 18 days on 2 CPU cores: divide them among machines (``--shard``, ``--ray``
-        of ``training.generate_proposals``). The first detector keeps the descriptions of all
+        take a compact SAM 18 days on 2 CPU cores: divide them among machines (``--shard`` or
+        ``--ray`` of ``generate_proposals``). The first detector keeps the descriptions of all
         proposals in a file: about 12 kB each, so some 150 GB of disk at 150 proposals an image.
     Expected score:
         The paper's, COCO AP / AP50 / AP75: 22.9 / 35.2 / 24.6 for MIST, 23.8 / 38.5 / 25.1 after
