@@ -237,7 +237,7 @@ def load_samples(
     counts = [num_views * len(boxes[record.image_id]) for record in usable]
     channels, has_cells = trunk.maps.channels, recipe.model.drop_block.enabled
     describer = RoiDescriber(trunk, keep_cells=has_cells)
-    describer = describer.to(device=device, memory_format=torch.channels_last).eval()
+    describer = describer.to(device).to(memory_format=torch.channels_last).eval()
 
     def fill(rows: Tensor) -> None:
         parts = zip(usable, rows.split(counts), strict=True)

@@ -128,6 +128,26 @@ def test_the_published_network_is_a_deit_small_without_a_final_norm():
     assert tokens.mean(dim=2).std() > 0
 
 
+def test_the_mean_readout_learns_without_the_final_norm_and_hardly_with_it():
+    """The mean of a normed token is the same for all tokens until the norm's own weights differ."""
+    images, tags = _images(), torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+    losses = {}
+    for has_norm in (False, True):
+        config = published_config(_TOY_VIT)
+        vit = dataclasses.replace(config.vit, final_norm=has_norm)
+        model = _toy(config=dataclasses.replace(config, vit=vit)).train()
+        start = model(images).class_logits
+        assert (start.std() < 1e-6) == has_norm
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(30):
+            loss = functional.multilabel_soft_margin_loss(model(images).class_logits, tags)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[has_norm] = loss.item()
+    assert losses[False] < 0.5 * losses[True]
+
+
 def test_positions_are_interpolated_at_the_published_scale():
     """The scale is that of a map a tenth of a patch larger; cells and their number stay."""
     vit = _toy(config=published_config(_TOY_VIT)).vit
