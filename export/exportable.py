@@ -17,7 +17,7 @@ from training.engine.stage import MANIFEST_NAME, read_manifest
 from training.models.detector_adapter import DetectorAdapter
 from training.models.sam import load_sam
 from training.models.sam_adapters import SamImageEncoderAdapter, SamMaskDecoderAdapter
-from training.models.vit_adapter import VitClassifierAdapter, load_classifier
+from training.models.vit_adapter import load_classifier
 from training.retrain_detector import load_detector
 from weaksam_rt.contracts import (
     DETECTOR,
@@ -82,7 +82,7 @@ def detector_exportable(weights: Path) -> Exportable:
 def classifier_exportable(weights: Path) -> Exportable:
     """The classifier of ``training.train_classifier``."""
     loaded = load_classifier(weights)
-    adapter = VitClassifierAdapter(loaded.model)
+    adapter = loaded.served()
     parameters = adapter.parameters_of_contract(loaded.class_names)
     return Exportable(
         model=VIT_CLASSIFIER,

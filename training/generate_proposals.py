@@ -3,59 +3,63 @@
     python -m training.generate_proposals --data DIR --output RUN \
         --classifier classifier.safetensors --sam sam.safetensors
 
-writes ``proposals.json`` (COCO results with ``source``) and ``report/index.html``. One small file
-per finished image is kept in ``parts/``, so a killed run goes on where it was.
+writes ``proposals.json`` (COCO results with ``source``), ``skipped.json`` and ``report.html``.
+Results of finished images are kept in ``shards/``, so a killed run goes on where it was, with any
+number of processes:
+
+- ``--num-workers 8``: so many processes on this machine, one GPU each where there are GPUs.
+- ``--shard 3/16``: every 16th image from the third (counted from 0) on; whoever finishes last puts
+  all results together. The folder is shared, or its ``shards/`` are copied together.
+- ``--ray auto --num-workers 32``: so many processes of a Ray cluster; the data are on a disk that
+  all machines see.
+
+The result does not depend on any of these.
 """
 
-import asyncio
-import dataclasses
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
 import tyro
-from numpy.typing import NDArray
 from rich.logging import RichHandler
 
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
-from training.data.proposal_parts import ImagePart, read_part, write_part
+from training.data.proposal_shards import (
+    ImagePart,
+    ShardIndex,
+    ShardWatch,
+    ShardWriter,
+    Skipped,
+    encode_line,
+    index_shards,
+)
 from training.data.results import write_proposals
 from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
-from training.evaluation.pointing import pointing_accuracy
-from training.evaluation.proposal_report import write_report
-from training.evaluation.recall import proposal_recall
-from training.models.sam import load_sam
+from training.evaluation.pointing import PointingCounter
+from training.evaluation.proposal_report import write_page
+from training.evaluation.recall import RecallCounter
 from training.models.vit_adapter import load_classifier
-from training.torch_backend import TrainedModels, proposal_models
-from weaksam_rt.config import PipelineConfig
+from training.proposal_workers import Shard, propose_in_processes, propose_on_ray
+from training.proposer import ImageProposer, ProposalRecipe, ProposerConfig
 from weaksam_rt.files import write_json
-from weaksam_rt.pipeline import ProposalResult, WeakSamPipeline
-from weaksam_rt.types import PointPrompts, PromptSource
+from weaksam_rt.types import Proposals
+
+__all__ = [
+    "PROPOSALS_NAME",
+    "REPORT_NAME",
+    "GenerateProposalsConfig",
+    "ProposalRecipe",
+    "generate_proposals",
+]
 
 _LOGGER = logging.getLogger(__name__)
 PROPOSALS_NAME = "proposals.json"
-_PARTS = "parts"
+REPORT_NAME = "report.html"
+_SHARDS = "shards"
 _SKIPPED_NAME = "skipped.json"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProposalRecipe:
-    """Everything that decides the proposals besides models and data."""
-
-    tags: Literal["given", "predicted"] = "given"
-    """``given``: the images' own tags, for training. ``predicted``: the classes that the classifier
-    sees, for images whose tags must not be known."""
-    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
-    """Settings of the served pipeline."""
-    mixed_precision: bool = False
-    """SAM in bfloat16: on CPUs with matrix units about twice as fast, with boxes that differ by
-    fractions of a pixel from the served ones."""
-    skip_bad: bool = False
-    """Leave unreadable images out and list them in ``skipped.json`` instead of stopping."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,22 +71,50 @@ class GenerateProposalsConfig:
     data: Path
     """Folder with ``images/`` and ``instances.json``. Boxes are used for the report only."""
     classifier: Path
-    """``classifier.safetensors`` of ``train_classifier``."""
+    """``classifier.safetensors`` of ``train_classifier`` or ``convert_classifier``."""
     sam: Path
     """A SAM of ``train_sam``, or an official checkpoint."""
     recipe: ProposalRecipe = field(default_factory=ProposalRecipe)
     """Everything that decides the result."""
+    num_workers: int = 1
+    """Processes."""
+    shard: str | None = None
+    """``i/n``: do only every n-th image from the i-th on, i from 0 to n - 1, in this process."""
+    ray: str | None = None
+    """Address of a Ray cluster whose processes do the work, or ``local`` for one on this
+    machine."""
     num_report_images: int = 12
     """Images shown in the report, spread evenly over the set; 0: no report."""
     device: str = "cpu"
-    """Torch device of the models."""
+    """Torch device of the models; ``cuda`` gives each process of this machine its own GPU."""
     num_threads: int = 2
-    """CPU threads of torch."""
+    """CPU threads of torch, shared by the processes of this machine."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, got {self.num_workers}")
+        if self.shard is not None and (self.num_workers > 1 or self.ray is not None):
+            raise ValueError("--shard is one process; give it without --num-workers and --ray")
+        self.own_shard()
+
+    def own_shard(self) -> Shard:
+        """The images of this process when it works alone."""
+        return Shard() if self.shard is None else Shard.parse(self.shard)
+
+    def proposer(self) -> ProposerConfig:
+        """What each process needs."""
+        return ProposerConfig(
+            data=self.data,
+            classifier=self.classifier,
+            sam=self.sam,
+            recipe=self.recipe,
+            device=self.device,
+            num_threads=max(1, self.num_threads // (1 if self.ray else self.num_workers)),
+        )
 
 
 def generate_proposals(config: GenerateProposalsConfig) -> None:
     """Make, or go on making, the proposals; nothing is done where they are complete."""
-    torch.set_num_threads(config.num_threads)
     stage = open_stage(
         "generate_proposals",
         config.output,
@@ -91,109 +123,120 @@ def generate_proposals(config: GenerateProposalsConfig) -> None:
     )
     if stage.finished:
         return
-    classifier = load_classifier(config.classifier)
-    folder = load_coco_folder(config.data, classifier.class_names)
-    trained = proposal_models(
-        classifier,
-        load_sam(config.sam),
-        config.recipe.pipeline.clustering,
-        device=config.device,
-        mixed_precision=config.recipe.mixed_precision,
+    classes = load_classifier(config.classifier).class_names
+    folder = load_coco_folder(config.data, classes)
+    index = index_shards(stage.directory / _SHARDS)
+    todo = [r.image_id for r in folder.records if r.image_id not in index.places]
+    _propose_all(config, stage, len(folder.records) - len(todo), todo)
+    index = index_shards(stage.directory / _SHARDS)
+    missing = sum(
+        r.image_id not in index.places and r.image_id not in index.skipped for r in folder.records
     )
-    parts, skipped = _propose_all(stage, folder, trained, config.recipe)
-    proposals = {image_id: part.proposals for image_id, part in parts.items()}
-    write_proposals(stage.directory / PROPOSALS_NAME, proposals)
+    if missing:
+        _LOGGER.info("%d images belong to other shards and are not done yet", missing)
+        return
+    _finish(config, stage, folder, index)
+
+
+def _propose_all(
+    config: GenerateProposalsConfig, stage: Stage, num_done: int, todo: list[int]
+) -> None:
+    """Add the results of the images with ids ``todo`` (or this process's share) to the shards."""
+    if not todo:
+        return
+    directory = stage.directory / _SHARDS
+    with stage_progress() as progress:
+        total = num_done + len(todo)
+        task = progress.add_task("generate_proposals", total=total, completed=num_done)
+        if config.ray is not None:
+            lines = propose_on_ray(config.proposer(), todo, config.ray, config.num_workers)
+            with ShardWriter(directory, "ray") as writer:
+                for line in lines:
+                    writer.write(line)
+                    progress.advance(task)
+        elif config.num_workers > 1:
+            watch = ShardWatch(directory)
+            before = watch.count()
+            for _ in propose_in_processes(config.proposer(), directory, todo, config.num_workers):
+                progress.update(task, completed=num_done + watch.count() - before)
+        else:
+            shard = config.own_shard()
+            proposer = ImageProposer(config.proposer())
+            record_of = {record.image_id: record for record in proposer.folder.records}
+            own = shard.select(todo, [record.image_id for record in proposer.folder.records])
+            progress.update(task, total=num_done + len(own))
+            with ShardWriter(directory, shard.name) as writer:
+                for image_id in own:
+                    writer.write(encode_line(image_id, proposer.propose(record_of[image_id])))
+                    progress.advance(task)
+
+
+def _finish(
+    config: GenerateProposalsConfig, stage: Stage, folder: CocoFolder, index: ShardIndex
+) -> None:
+    """Put the results together, one image at a time."""
+    skipped, metrics = merge_shards(stage.directory / PROPOSALS_NAME, folder, index)
     write_json(stage.directory / _SKIPPED_NAME, skipped)
-    done = [record for record in folder.records if record.image_id in parts]
+    done = [record for record in folder.records if record.image_id in index.places]
     if config.num_report_images and done:
         chosen = np.linspace(0, len(done) - 1, min(config.num_report_images, len(done)))
-        sample = [done[i] for i in chosen.astype(int)]
-        write_report(stage.directory / "report", folder, sample, parts, trained)
-    metrics = {**_metrics(folder, parts), "num_skipped": float(len(skipped))}
+        proposer = ImageProposer(replace(config.proposer(), num_threads=config.num_threads))
+        sample = [proposer.evidence(done[i], _part(index, done[i])) for i in chosen.astype(int)]
+        write_page(stage.directory / REPORT_NAME, folder, sample)
+    metrics["num_skipped"] = float(len(skipped))
     stage.finish(outputs=[PROPOSALS_NAME, _SKIPPED_NAME], metrics=metrics)
     _LOGGER.info("%s", metrics)
 
 
-def _propose_all(
-    stage: Stage, folder: CocoFolder, trained: TrainedModels, recipe: ProposalRecipe
-) -> tuple[dict[int, ImagePart], dict[str, str]]:
-    """Parts by image id, and reasons by name of the images left out."""
-    pipeline = WeakSamPipeline(trained.backend, trained.models, recipe.pipeline)
-    parts: dict[int, ImagePart] = {}
+def merge_shards(
+    path: Path, folder: CocoFolder, index: ShardIndex
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Write the proposals of all images in the order of ``folder``; one image is held at a time.
+
+    Args:
+        path: The ``.json`` file.
+        folder: The data set; its boxes are used for the figures.
+        index: Of complete shards.
+
+    Returns:
+        Reasons by name of the images left out, and how good proposals, points and predicted tags
+        are by the set's own boxes.
+    """
     skipped: dict[str, str] = {}
-    with stage_progress() as progress:
-        task = progress.add_task("generate_proposals", total=len(folder.records))
+    recall, pointing = RecallCounter(), PointingCounter()
+
+    def results() -> Iterator[tuple[int, Proposals]]:
         for record in folder.records:
-            path = stage.directory / _PARTS / f"{record.image_id}.npz"
-            part = read_part(path, record.image_size)
-            if part is None:
-                try:
-                    image = _read_image(record)
-                    tags = _tags(record, folder, recipe)
-                except ValueError as error:
-                    if not recipe.skip_bad:
-                        raise
-                    skipped[record.path.name] = str(error)
-                    _LOGGER.warning("left out: %s", error)
-                    progress.advance(task)
-                    continue
-                part = _part_of(asyncio.run(pipeline.propose(image, tags)))
-                write_part(path, part)
-            parts[record.image_id] = part
-            progress.advance(task)
-    return parts, skipped
+            result = index.read(record.image_id, record.image_size)
+            if isinstance(result, ImagePart):
+                recall.add(record, result.proposals.boxes)
+                pointing.add(record, result.prompts)
+                yield record.image_id, result.proposals
+                continue
+            recall.add(record, np.zeros((0, 4), np.float32))
+            if result is not None:
+                skipped[result.file_name] = result.reason
+
+    write_proposals(path, results())
+    return skipped, _metrics(recall, pointing)
 
 
-def _read_image(record: ImageRecord) -> NDArray[np.uint8]:
-    try:
-        image = record.image()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(
-            f"cannot read {record.path}: {error}; repair or remove it, or leave such images out "
-            "with --recipe.skip-bad"
-        ) from error
-    if image.shape[:2] != record.image_size:
-        raise ValueError(
-            f"{record.path} is {image.shape[1]}x{image.shape[0]}, instances.json says "
-            f"{record.image_size[1]}x{record.image_size[0]} (width x height); correct one of them, "
-            "or leave such images out with --recipe.skip-bad"
-        )
-    return image
+def _part(index: ShardIndex, record: ImageRecord) -> ImagePart:
+    part = index.read(record.image_id, record.image_size)
+    assert part is not None
+    assert not isinstance(part, Skipped)
+    return part
 
 
-def _tags(record: ImageRecord, folder: CocoFolder, recipe: ProposalRecipe) -> list[str] | None:
-    if recipe.tags == "predicted":
-        return None
-    if not record.tags:
-        raise ValueError(
-            f"{record.path} has no tags; tag it, leave such images out with --recipe.skip-bad, or "
-            "let the classifier decide with --recipe.tags predicted"
-        )
-    return [folder.class_names[tag] for tag in record.tags]
-
-
-def _part_of(result: ProposalResult) -> ImagePart:
-    from_maps = result.prompts.sources != PromptSource.GRID
-    prompts = PointPrompts(
-        **{
-            f.name: getattr(result.prompts, f.name)[from_maps]
-            for f in dataclasses.fields(PointPrompts)
-        }
-    )
-    return ImagePart(proposals=result.proposals, prompts=prompts, used_tags=result.used_tags)
-
-
-def _metrics(folder: CocoFolder, parts: dict[int, ImagePart]) -> dict[str, float]:
-    """How good proposals, points and predicted tags are, by the set's own boxes."""
-    recall = proposal_recall(folder, {i: part.proposals for i, part in parts.items()})
-    pointing = pointing_accuracy(folder, {i: part.prompts for i, part in parts.items()})
+def _metrics(recall: RecallCounter, pointing: PointingCounter) -> dict[str, float]:
+    covered, pointed = recall.result(), pointing.result()
     return {
-        **{f"recall_{thresh}": value for thresh, value in recall.recall.items()},
-        "mean_proposals": recall.mean_proposals,
-        "median_proposals": recall.median_proposals,
-        "pointing_coarse": pointing.coarse,
-        "pointing_fine": pointing.fine,
-        "pointing_cross": pointing.cross,
+        **{f"recall_{thresh}": value for thresh, value in covered.recall.items()},
+        "mean_proposals": covered.mean_proposals,
+        "median_proposals": covered.median_proposals,
+        "pointing_coarse": pointed.coarse,
+        "pointing_fine": pointed.fine,
+        "pointing_cross": pointed.cross,
     }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from training.generate_proposals import ProposalRecipe
 from training.generate_pseudo_labels import PseudoLabelRecipe
-from training.models.weaktr import WeakTrConfig
+from training.models.weaktr import published_config
 from training.models.wsod_detector import WsodDetectorConfig
 from training.retrain_detector import DetectorRecipe
 from training.retraining.roi_drop import RoiDropConfig
@@ -108,28 +108,32 @@ def _published(
 ) -> ChainRecipe:
     """The published method with the published schedules, on this project's light detectors.
 
-    What differs from the paper whatever the recipe says: SqueezeNet trunks in both detectors, a
+    What differs from the paper whatever the recipe says: a SqueezeNet trunk in the detectors, a
     frozen one in the first, one square input size instead of short sides of 480 to 1200 pixels,
-    and no DropBlock, whose cells of so many proposals (100 kB each) few machines can hold; more
-    sizes and DropBlock are one ``replace`` away. So the paper's scores are what the *method*
-    reached, not what these settings promise.
+    and no DropBlock, whose cells of so many proposals (100 kB each) few disks can hold; VGG16, more
+    sizes and DropBlock are one ``replace`` away. The classifier's images are cropped, recoloured
+    and erased, but RandAugment is not there. So the paper's scores are what the *method* reached,
+    not what these settings promise.
 
     Source:
         WeakSAM (arXiv:2402.14812) and its released configurations: MIST trained for the stated
         number of images, RoI drop by the stated thresholds; the classifier as WeakTr trains it.
     """
-    weaktr = WeakTrConfig(class_readout="mean", coarse_pool="mean")
     return ChainRecipe(
         classifier=ClassifierRecipe(
-            model=weaktr,
+            model=published_config(),
             background_weight=0.0,
+            head_rate_factor=1.0,
+            first_rate=1e-6,
+            last_rate=1e-5,
+            max_gradient_norm=None,
             epochs=60,
             batch_size=64,
             learning_rate=5e-5,  # 4e-4 for 512 images a step
             weight_decay=weight_decay,
             warmup_share=5 / 60,
         ),
-        proposals=ProposalRecipe(pipeline=PipelineConfig(proposals=ProposalConfig())),
+        proposals=ProposalRecipe(maps="published"),
         wsod=WsodRecipe(
             model=WsodDetectorConfig(box_regression=True),
             method="mist",
@@ -154,7 +158,7 @@ def voc07() -> ChainRecipe:
         Not run at this size by us, and the paper's times are unknown. The proposals decide, with
         1,024 grid prompts an image. By our estimate a compact SAM on 2 CPU cores takes at most 1.5
         days (16 times the 0.8 s an image of ``animals7``); the official ViT-H wants a GPU. The
-        first detector keeps about 12 kB a proposal in memory.
+        first detector keeps about 12 kB a proposal in a file.
     Expected score:
         The paper's, AP50 by 11 points: 67.4 for MIST on WeakSAM's proposals, 71.8 after Faster
         R-CNN with RoI drop (ResNet-50). Its classifier saw the tags of VOC 2012; here it sees those
@@ -193,9 +197,9 @@ def coco14() -> ChainRecipe:
         ...`` as for ``voc07``.
     Hardware and time:
         Not run at this size by us. By the estimate of ``voc07`` the proposals of all 123,287 images
-        take a compact SAM 18 days on 2 CPU cores: divide them among machines. The first detector
-        holds the descriptions of all proposals: about 12 kB each, so some 150 GB of memory at 150
-        proposals an image.
+        take a compact SAM 18 days on 2 CPU cores: divide them among machines (``--shard`` or
+        ``--ray`` of ``generate_proposals``). The first detector keeps the descriptions of all
+        proposals in a file: about 12 kB each, so some 150 GB of disk at 150 proposals an image.
     Expected score:
         The paper's, COCO AP / AP50 / AP75: 22.9 / 35.2 / 24.6 for MIST, 23.8 / 38.5 / 25.1 after
         Faster R-CNN with RoI drop.

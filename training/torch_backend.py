@@ -13,7 +13,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from training.models.sam_adapters import SamImageEncoderAdapter, SamMaskDecoderAdapter
-from training.models.vit_adapter import LoadedClassifier, VitClassifierAdapter
+from training.models.vit_adapter import LoadedClassifier
 from weaksam_rt.backends.base import Arrays
 from weaksam_rt.backends.local import LocalBackend, ModelFunction
 from weaksam_rt.contracts import (
@@ -109,7 +109,7 @@ def proposal_models(
         device: A torch device; clustering stays on the CPU.
         mixed_precision: bfloat16 for SAM; the classifier's maps stay exact.
     """
-    vit = VitClassifierAdapter(classifier.model)
+    vit = classifier.served()
     vit_parameters = vit.parameters_of_contract(classifier.class_names)
     side, channels = sam.prompt_encoder.image_embedding_size[0], sam.prompt_encoder.embed_dim
     sam_parameters = SamParameters(

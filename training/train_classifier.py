@@ -1,8 +1,13 @@
 """Stage: train the classification ViT on image-level tags.
 
     python -m training.train_classifier --data DIR --val DIR --output RUN --weights DEIT
+    torchrun --nproc-per-node 8 -m training.train_classifier ...      # the same on 8 GPUs
 
 writes ``classifier.safetensors``. Only ``ImageRecord.tags`` is read; boxes and masks are not.
+
+Several processes share each batch, so that their loss curve is that of one process: the order of
+the images and their variation depend on seed and epoch only. What each draws for itself is which
+residual branches are skipped (``drop_path``).
 """
 
 import dataclasses
@@ -15,12 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from rich.logging import RichHandler
 from torch import Tensor, nn
 
 from training.data.augment import AugmentConfig, augment_images
-from training.data.coco import CocoFolder, load_coco_folder
+from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
+from training.distributed import DeviceName, Process, training_process
 from training.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
@@ -28,6 +35,8 @@ from training.evaluation.tag_ap import tag_average_precision
 from training.models.vit import activation_ranges_from_scales, load_deit_
 from training.models.vit_adapter import VitClassifierAdapter, save_classifier
 from training.models.weaktr import WeakTr, WeakTrConfig, weaktr_loss
+from weaksam_rt.errors import ArtifactError
+from weaksam_rt.files import atomic_path
 from weaksam_rt.preprocessing import resize_to_square
 
 _LOGGER = logging.getLogger(__name__)
@@ -36,6 +45,8 @@ _CHECKPOINT_NAME = "checkpoint.safetensors"
 _RANGES_NAME = "quant.ranges"
 """Tensor of a quantised DeiT's file that gives its activation ranges."""
 _EVALUATION_BATCH = 16
+_IMAGES_NAME = "images.npy"
+"""The scaled images, while several processes share them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +56,10 @@ class ClassifierRecipe:
     model: WeakTrConfig = field(
         default_factory=lambda: WeakTrConfig(class_readout="linear", coarse_pool="attention")
     )
-    """Sizes; with pretrained weights those of the weights."""
+    """Sizes; with pretrained weights those of the weights. As published: ``published_config``."""
+    backbone: str = ""
+    """Take the sizes and blocks of this plain ViT of timm, for example ``deit_small_patch16_224``;
+    empty: those of ``model``."""
     background_weight: float = 0.5
     """Of the loss that no class answers where no class token looks."""
     epochs: int = 4
@@ -59,9 +73,13 @@ class ClassifierRecipe:
     weight_decay: float = 0.05
     """Of AdamW, on matrices only."""
     warmup_share: float = 0.1
-    """Share of the steps of linear warm-up, in [0, 1); a cosine to zero follows."""
-    max_gradient_norm: float = 5.0
-    """Gradients are scaled down to this norm."""
+    """Share of the steps of linear warm-up, in [0, 1); a cosine follows."""
+    first_rate: float = 0.0
+    """Where the warm-up starts; 1e-6 as published."""
+    last_rate: float = 0.0
+    """Where the cosine ends; 1e-5 as published."""
+    max_gradient_norm: float | None = 5.0
+    """Gradients are scaled down to this norm; None: never, as published."""
     cache_margin: float = 1.15
     """Images are kept in memory this much larger than the model's input, at least 1."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -98,11 +116,13 @@ class TrainClassifierConfig:
     """Everything else."""
     num_threads: int = 2
     """CPU threads of torch."""
+    device: DeviceName = "auto"
+    """Where the model trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaggedImages:
-    """A data set in memory."""
+    """A data set in memory, or in a file that processes share."""
 
     images: Tensor
     """uint8 [n, s, s, 3], RGB, squeezed to squares."""
@@ -111,50 +131,87 @@ class TaggedImages:
 
 
 def train_classifier(config: TrainClassifierConfig) -> None:
-    """Train, or go on training, and write the weights; nothing is done where they are there."""
+    """Train, or go on training, and write the weights; nothing is done where they are there.
+
+    Under ``torchrun`` the processes share each batch; the first alone writes.
+    """
     torch.set_num_threads(config.num_threads)
     names = ("data", "val", "negatives", "weights")
     inputs = {name: path for name in names if (path := getattr(config, name)) is not None}
-    stage = open_stage(
-        "train_classifier",
-        config.output,
-        config=config.recipe,
-        inputs=inputs,
-    )
-    if stage.finished:
-        return
+    with training_process(config.device) as process:
+        with process.main_first():
+            stage = open_stage(
+                "train_classifier", config.output, config=config.recipe, inputs=inputs
+            )
+        if stage.finished:
+            return
+        folder = load_coco_folder(config.data)
+        recipe = config.recipe
+        torch.manual_seed(recipe.seed)
+        model = make_classifier(
+            recipe.model, len(folder.class_names), config.weights, backbone=recipe.backbone
+        ).to(process.device)
+        train, val = _load_data(config, folder, model, stage, process)
+        metrics = _fit(stage, model, recipe, train, val, process)
+        if process.is_main:
+            save_classifier(
+                stage.directory / WEIGHTS_NAME,
+                model,
+                folder.class_names,
+                provenance={**stage.identity, "metrics": metrics},
+            )
+            stage.finish(outputs=[WEIGHTS_NAME], metrics=metrics)
+            (stage.directory / _IMAGES_NAME).unlink(missing_ok=True)
+        process.wait()
+
+
+def _load_data(
+    config: TrainClassifierConfig,
+    folder: CocoFolder,
+    model: WeakTr,
+    stage: Stage,
+    process: Process,
+) -> tuple[TaggedImages, TaggedImages | None]:
+    """Training and, on the process that measures, validation images."""
     recipe = config.recipe
-    folder = load_coco_folder(config.data)
-    side = recipe.model.vit.image_size
-    cached_side = math.ceil(side * recipe.cache_margin)
-    train = load_tagged_images(folder, cached_side)
-    if config.negatives is not None:
-        negatives = load_tagged_images(load_coco_folder(config.negatives, ()), cached_side)
-        train = with_negatives(train, negatives.images)
-    if len(train.images) < recipe.batch_size:
+    process.rows(recipe.batch_size)  # checks it
+    negatives = None if config.negatives is None else load_coco_folder(config.negatives, ())
+    num_images = len(folder.records) + (0 if negatives is None else len(negatives.records))
+    if num_images < recipe.batch_size:
         raise ValueError(
-            f"{config.data} has {len(train.images)} images, fewer than one batch of "
+            f"{config.data} has {num_images} images, fewer than one batch of "
             f"{recipe.batch_size}; choose a smaller batch_size"
         )
+    side = model.config.vit.image_size
+    store = stage.directory / _IMAGES_NAME if process.num_processes > 1 else None
+    with process.main_first():
+        train = load_tagged_images(
+            folder, math.ceil(side * recipe.cache_margin), negatives=negatives, store=store
+        )
     val = None
-    if config.val is not None:
+    if config.val is not None and process.is_main:
         val = load_tagged_images(load_coco_folder(config.val, folder.class_names), side)
-    torch.manual_seed(recipe.seed)
-    model = make_classifier(recipe.model, len(folder.class_names), config.weights)
-    metrics = _fit(stage, model, recipe, train, val)
-    save_classifier(
-        stage.directory / WEIGHTS_NAME,
-        model,
-        folder.class_names,
-        provenance={**stage.identity, "metrics": metrics},
-    )
-    stage.finish(outputs=[WEIGHTS_NAME], metrics=metrics)
+    return train, val
 
 
-def make_classifier(config: WeakTrConfig, num_classes: int, weights: Path | None) -> WeakTr:
-    """A fresh classifier, or one that starts from a DeiT's weights; those of a quantised DeiT
+def make_classifier(
+    config: WeakTrConfig, num_classes: int, weights: Path | None, *, backbone: str = ""
+) -> WeakTr:
+    """A fresh classifier, or one that starts from a ViT's weights; those of a quantised DeiT
     bring the activation ranges that they need.
+
+    Args:
+        config: Sizes and maps.
+        num_classes: Class tokens.
+        weights: State dict in timm's names, with one class token; None: start from nothing.
+        backbone: A plain ViT of timm that replaces the sizes in ``config``.
     """
+    if backbone:
+        from training.models.timm_vit import timm_vit_config  # timm takes a second to import
+
+        settings = ("drop_path", "final_norm", "position_margin")
+        kept = {name: getattr(config.vit, name) for name in settings}
+        config = dataclasses.replace(config, vit=timm_vit_config(backbone, **kept))
     if weights is None:
         return WeakTr(config, num_classes)
     tensors = load_weights(weights)
@@ -162,25 +219,55 @@ def make_classifier(config: WeakTrConfig, num_classes: int, weights: Path | None
         ranges = activation_ranges_from_scales(tensors[_RANGES_NAME].float())
         vit = dataclasses.replace(config.vit, activation_ranges=ranges)
         config = dataclasses.replace(config, vit=vit)
+    if config.vit.timm_model:
+        from training.models.timm_vit import with_imagenet_input
+
+        tensors = with_imagenet_input(config.vit.timm_model, tensors)
     model = WeakTr(config, num_classes)
     load_deit_(model.vit, tensors)
     return model
 
 
-def load_tagged_images(folder: CocoFolder, side: int) -> TaggedImages:
-    """Read all images of ``folder``, squeezed to squares of ``side`` pixels as in serving."""
-    tags = torch.zeros(len(folder.records), len(folder.class_names))
-    images = np.empty((len(folder.records), side, side, 3), dtype=np.uint8)
+def load_tagged_images(
+    folder: CocoFolder,
+    side: int,
+    *,
+    negatives: CocoFolder | None = None,
+    store: Path | None = None,
+) -> TaggedImages:
+    """Read all images, squeezed to squares of ``side`` pixels as in serving.
+
+    Args:
+        folder: Tagged images.
+        side: Pixels.
+        negatives: Images without any of the tags, which come after them.
+        store: Keep the pixels in this file instead of memory; a whole one is used as it is.
+    """
+    others = () if negatives is None else negatives.records
+    records = (*folder.records, *others)
+    tags = torch.zeros(len(records), len(folder.class_names))
     for row, record in enumerate(folder.records):
-        images[row] = resize_to_square(record.image(), side)
         tags[row, list(record.tags)] = 1.0
-    return TaggedImages(images=torch.from_numpy(images), tags=tags)
+    shape = (len(records), side, side, 3)
+    if store is None:
+        images = np.empty(shape, dtype=np.uint8)
+        _fill(images, records)
+        return TaggedImages(images=torch.from_numpy(images), tags=tags)
+    if not store.exists():
+        with atomic_path(store) as temporary:
+            filled = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+            _fill(filled, records)
+            filled.flush()
+    # Copy-on-write: torch wants memory that may be written.
+    shared = open_memmap(store, mode="c")
+    if shared.shape != shape:
+        raise ArtifactError(f"{store} holds {shared.shape}, expected {shape}; delete it")
+    return TaggedImages(images=torch.from_numpy(shared), tags=tags)
 
 
-def with_negatives(tagged: TaggedImages, images: Tensor) -> TaggedImages:
-    """``tagged`` and after it ``images`` [n, s, s, 3] that show none of its classes."""
-    tags = torch.cat([tagged.tags, torch.zeros(len(images), tagged.tags.shape[1])])
-    return TaggedImages(images=torch.cat([tagged.images, images]), tags=tags)
+def _fill(images: NDArray[np.uint8], records: Sequence[ImageRecord]) -> None:
+    for row, record in enumerate(records):
+        images[row] = resize_to_square(record.image(), images.shape[1])
 
 
 def make_optimizer(model: WeakTr, recipe: ClassifierRecipe) -> torch.optim.AdamW:
@@ -204,21 +291,24 @@ def make_optimizer(model: WeakTr, recipe: ClassifierRecipe) -> torch.optim.AdamW
 
 
 def learning_rate(step: int, num_steps: int, recipe: ClassifierRecipe) -> float:
-    """Linear warm-up, then half a cosine down to zero after the last step."""
+    """Linear warm-up, then half a cosine down to the last rate after the last step."""
     num_warmup = math.ceil(recipe.warmup_share * num_steps)
     if step < num_warmup:
-        return recipe.learning_rate * (step + 1) / num_warmup
+        rise = recipe.learning_rate - recipe.first_rate
+        return recipe.first_rate + rise * (step + 1) / num_warmup
     share = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+    fall = recipe.learning_rate - recipe.last_rate
+    return recipe.last_rate + fall * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def predict_tags(model: WeakTr, images: Tensor) -> NDArray[np.float32]:
     """Class-token logits [n, c] of pixels uint8 [n, s, s, 3], as served."""
     served = VitClassifierAdapter(model)
     was_training = model.training
+    device = next(model.parameters()).device
     model.eval()
     with torch.inference_mode():
-        logits = [served(part)[0] for part in images.split(_EVALUATION_BATCH)]
+        logits = [served(part.to(device))[0].cpu() for part in images.split(_EVALUATION_BATCH)]
     model.train(was_training)
     found: NDArray[np.float32] = torch.cat(logits).numpy()
     return found
@@ -230,6 +320,7 @@ def _fit(
     recipe: ClassifierRecipe,
     train: TaggedImages,
     val: TaggedImages | None,
+    process: Process,
 ) -> dict[str, float]:
     optimizer = make_optimizer(model, recipe)
     checkpoint = stage.directory / _CHECKPOINT_NAME
@@ -238,14 +329,27 @@ def _fit(
     if checkpoint.exists():
         done, metrics = load_checkpoint(checkpoint, modules={"model": model}, optimizer=optimizer)
         _LOGGER.info("going on after epoch %d", done)
+    process.wait()  # all have read the checkpoint before the main process writes the next one
+    in_step = process.in_step(model)
     num_steps = recipe.epochs * (len(train.images) // recipe.batch_size)
-    with stage_progress() as progress:
+    display = stage_progress()
+    display.disable = not process.is_main
+    with display as progress:
         steps_done = done * num_steps // recipe.epochs
         task = progress.add_task("train_classifier", total=num_steps, completed=steps_done)
         for epoch in range(done, recipe.epochs):
             metrics = _train_epoch(
-                model, optimizer, recipe, train, epoch, on_step=lambda: progress.advance(task)
+                in_step,
+                optimizer,
+                recipe,
+                train,
+                epoch,
+                image_size=model.config.vit.image_size,
+                on_step=lambda: progress.advance(task),
+                process=process,
             )
+            if not process.is_main:
+                continue
             if val is not None:
                 metrics |= _measure(model, val)
             stage.log_metrics(step=epoch + 1, **metrics)
@@ -261,38 +365,57 @@ def _fit(
 
 
 def _train_epoch(
-    model: WeakTr,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     recipe: ClassifierRecipe,
     train: TaggedImages,
     epoch: int,
     *,
+    image_size: int,
     on_step: Callable[[], None],
+    process: Process,
 ) -> dict[str, float]:
-    """One pass; order and augmentation depend on (seed, epoch) only."""
+    """One pass; order and augmentation depend on (seed, epoch) only, what a process skips by
+    chance on its rank too.
+    """
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
+    torch.manual_seed((recipe.seed * 100_003 + epoch) * 1_009 + process.rank)
     order = torch.randperm(len(train.images), generator=generator)
     batches = order.split(recipe.batch_size)[: len(order) // recipe.batch_size]
+    rows = process.rows(recipe.batch_size)
     readings: list[dict[str, float]] = []
     model.train()
     for index, batch in enumerate(batches):
         rate = learning_rate(epoch * len(batches) + index, recipe.epochs * len(batches), recipe)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
-        side = recipe.model.vit.image_size
-        images = augment_images(train.images[batch], side, recipe.augment, generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.mixed_precision):
+        images = augment_images(
+            train.images[batch[rows]].to(process.device),
+            image_size,
+            recipe.augment,
+            generator,
+            rows=rows,
+            batch_size=len(batch),
+        )
+        with torch.autocast(
+            process.device.type, dtype=torch.bfloat16, enabled=recipe.mixed_precision
+        ):
             output = model(images)
         loss, parts = weaktr_loss(
-            output, train.tags[batch], background_weight=recipe.background_weight
+            output,
+            train.tags[batch[rows]].to(process.device),
+            background_weight=recipe.background_weight,
         )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
+        if recipe.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
         optimizer.step()
         readings.append(parts)
         on_step()
-    return {f"loss_{name}": _mean([r[name] for r in readings]) for name in readings[0]}
+    return process.mean(
+        {f"loss_{name}": _mean([r[name] for r in readings]) for name in readings[0]}
+    )
 
 
 def _measure(model: WeakTr, val: TaggedImages) -> dict[str, float]:

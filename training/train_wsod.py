@@ -3,6 +3,12 @@
 Reads images, their tags and proposals; boxes of the data set are used for evaluation only. Writes
 ``wsod.safetensors``, ``detections.json`` (of the training images, for pseudo labels) and, with
 ``--val``, ``val_detections.json``. A killed run resumes.
+
+The descriptions of all proposals lie in a file of the stage's folder while it runs: 6 bytes for
+each channel of the trunk, proposal, size and orientation, and 50 more with DropBlock; whether the
+disk has room is checked first. Under ``torchrun`` the processes share the images of each step; the
+first alone describes and writes. What is drawn for an image (dropout, hidden cells) depends on the
+seed, the step and the place in it only, so the curve is that of one process.
 """
 
 import logging
@@ -24,12 +30,12 @@ from torch.optim import AdamW
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import read_proposals, write_detections
 from training.data.views import FramedImage, frame_image
+from training.distributed import DeviceName, Process, training_process
 from training.engine.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
 from training.evaluate import summary, write_report
 from training.models.detector_adapter import decode_boxes
-from training.models.squeezenet import SqueezeNetFeatures, load_imagenet_squeezenet
 from training.models.wsod_detector import (
     RoiDescriber,
     RoiDescriptions,
@@ -37,14 +43,22 @@ from training.models.wsod_detector import (
     WsodHead,
     WsodOutputs,
 )
+from training.models.wsod_trunks import WsodTrunk, load_trunk
 from training.retrain_detector import rate_factor
 from training.wsod import mist, oicr
+from training.wsod.description_store import (
+    as_descriptions,
+    open_store,
+    row_width,
+    write_descriptions,
+)
 from training.wsod.mil_head import image_loss
 from training.wsod.mist import MistConfig
 from training.wsod.oicr import OicrConfig
 from training.wsod.refinement import BOX_WEIGHTS, BranchLosses, SelectSeeds, refine
 from weaksam_rt.boxes import batched_nms, box_area, clip_boxes
-from weaksam_rt.types import Detections, Proposals
+from weaksam_rt.preprocessing import longest_side_frame
+from weaksam_rt.types import Detections
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -52,6 +66,7 @@ WEIGHTS_NAME = "wsod.safetensors"
 DETECTIONS_NAME = "detections.json"
 VAL_DETECTIONS_NAME = "val_detections.json"
 _CHECKPOINT_NAME = "checkpoint.safetensors"
+_STORE_NAME = "descriptions.bin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +116,15 @@ class TrainWsodConfig:
     output: Path
     """Folder of this stage."""
     trunk_weights: Path
-    """Pretrained SqueezeNet 1.0."""
+    """ImageNet weights of ``recipe.model.trunk``: SqueezeNet 1.0 in Caffe's names, ResNet-18 or
+    VGG16 in torchvision's."""
     val: Path | None = None
     """Folder to detect on at the end."""
     val_proposals: Path | None = None
     """Proposals of its images."""
     recipe: WsodRecipe = field(default_factory=WsodRecipe)
+    device: DeviceName = "cpu"
+    """Where proposals are described and the heads train."""
 
     def __post_init__(self) -> None:
         if (self.val is None) != (self.val_proposals is None):
@@ -145,52 +163,106 @@ def main(config: TrainWsodConfig) -> None:
     }
     if config.val is not None and config.val_proposals is not None:
         inputs |= {"val": config.val, "val_proposals": config.val_proposals}
-    stage = open_stage("train_wsod", config.output, config=config.recipe, inputs=inputs)
-    if stage.finished:
-        return
+    with training_process(config.device) as process:
+        with process.main_first():
+            stage = open_stage("train_wsod", config.output, config=config.recipe, inputs=inputs)
+        if not stage.finished:
+            _run(config, stage, process)
+            process.wait()
+
+
+def _run(config: TrainWsodConfig, stage: Stage, process: Process) -> None:
+    recipe = config.recipe
     folder = load_coco_folder(config.data)
-    trunk = load_imagenet_squeezenet(config.trunk_weights)
-    samples = load_samples(folder, config.proposals, trunk, config.recipe)
-    head = train(stage, samples, config.recipe, num_classes=len(folder.class_names))
-    metadata = {"model": asdict(config.recipe.model), "class_names": folder.class_names}
+    trunk = load_trunk(recipe.model.trunk, config.trunk_weights)
+    store = stage.directory / _STORE_NAME
+    with process.main_first():
+        samples = load_samples(
+            folder, config.proposals, trunk, recipe, store=store, device=process.device
+        )
+    num_classes = len(folder.class_names)
+    head = train(stage, samples, recipe, num_classes=num_classes, process=process)
+    if not process.is_main:
+        return
+    metadata = {"model": asdict(recipe.model), "class_names": folder.class_names}
     save_weights(stage.directory / WEIGHTS_NAME, head.state_dict(), metadata)
-    metrics = {"train_evaluation_only": _detect(stage, head, folder, samples, config.recipe)}
+    metrics = {"train_evaluation_only": _detect(stage, head, folder, samples, recipe)}
     outputs = [WEIGHTS_NAME, DETECTIONS_NAME]
     if config.val is not None and config.val_proposals is not None:
         val = load_coco_folder(config.val, classes=folder.class_names)
-        val_samples = load_samples(val, config.val_proposals, trunk, config.recipe)
-        metrics["val"] = _detect(
-            stage, head, val, val_samples, config.recipe, name=VAL_DETECTIONS_NAME
+        val_store = stage.directory / f"val_{_STORE_NAME}"
+        val_samples = load_samples(
+            val, config.val_proposals, trunk, recipe, store=val_store, device=process.device
         )
+        metrics["val"] = _detect(stage, head, val, val_samples, recipe, name=VAL_DETECTIONS_NAME)
         outputs.append(VAL_DETECTIONS_NAME)
     stage.finish(outputs=outputs, metrics=metrics)
-    (stage.directory / _CHECKPOINT_NAME).unlink(missing_ok=True)
+    for name in (_CHECKPOINT_NAME, _STORE_NAME, f"val_{_STORE_NAME}"):
+        (stage.directory / name).unlink(missing_ok=True)
 
 
 def load_samples(
-    folder: CocoFolder, proposals: Path, trunk: SqueezeNetFeatures, recipe: WsodRecipe
+    folder: CocoFolder,
+    proposals: Path,
+    trunk: WsodTrunk,
+    recipe: WsodRecipe,
+    *,
+    store: Path,
+    device: torch.device | None = None,
 ) -> list[WsodSample]:
-    """All images that have a usable proposal, with their descriptions: about 12 kB a proposal for
-    each size, about 100 kB more with DropBlock.
+    """All images that have a usable proposal, with their descriptions as views of a file.
+
+    Args:
+        folder: Images and tags.
+        proposals: Of these images.
+        trunk: With the maps that the recipe names.
+        recipe: Sizes and what is usable.
+        store: The file of the descriptions; a whole one is used as it is.
+        device: Of the trunk; None: the CPU.
+
+    Raises:
+        OSError: The disk has no room for the file.
     """
-    describer = RoiDescriber(trunk, keep_cells=recipe.model.drop_block.enabled)
-    describer = describer.to(memory_format=torch.channels_last).eval()
     found = read_proposals(proposals, folder=folder)
-    samples = [
-        _sample(record, found[record.image_id], describer, recipe, len(folder.class_names))
-        for record in track(folder.records, description="describe proposals", transient=True)
+    boxes = {
+        image_id: of_image.boxes[_is_usable(of_image.boxes, recipe.min_side_px)]
+        for image_id, of_image in found.items()
+    }
+    usable = [record for record in folder.records if len(boxes[record.image_id])]
+    if len(usable) < len(folder.records):
+        _LOGGER.warning("%d images have no usable proposal", len(folder.records) - len(usable))
+    if not usable:
+        return []
+    num_views = 2 * (1 + len(recipe.extra_image_sizes))
+    counts = [num_views * len(boxes[record.image_id]) for record in usable]
+    channels, has_cells = trunk.maps.channels, recipe.model.drop_block.enabled
+    describer = RoiDescriber(trunk, keep_cells=has_cells)
+    describer = describer.to(device).to(memory_format=torch.channels_last).eval()
+
+    def fill(rows: Tensor) -> None:
+        parts = zip(usable, rows.split(counts), strict=True)
+        for record, own in track(
+            parts, total=len(usable), description="describe proposals", transient=True
+        ):
+            _describe(record, boxes[record.image_id], own, describer, recipe)
+
+    rows = open_store(store, sum(counts), row_width(sum(channels), with_cells=has_cells), fill)
+    return [
+        _sample(record, boxes[record.image_id], own, channels, recipe, len(folder.class_names))
+        for record, own in zip(usable, rows.split(counts), strict=True)
     ]
-    usable = [sample for sample in samples if len(sample.boxes)]
-    if len(usable) < len(samples):
-        _LOGGER.warning("%d images have no usable proposal", len(samples) - len(usable))
-    return usable
 
 
 def train(
-    stage: Stage, samples: Sequence[WsodSample], recipe: WsodRecipe, *, num_classes: int
+    stage: Stage,
+    samples: Sequence[WsodSample],
+    recipe: WsodRecipe,
+    *,
+    num_classes: int,
+    process: Process | None = None,
 ) -> WsodHead:
     """Train from the beginning or from the checkpoint in the stage's folder; gives the head in
-    evaluation mode.
+    evaluation mode, on the device of ``process`` (None: alone, on the CPU).
 
     Raises:
         ValueError: No sample has a tag.
@@ -198,8 +270,9 @@ def train(
     tagged = [sample for sample in samples if sample.tags.any()]
     if not tagged:
         raise ValueError("no image has both a tag and a proposal; check the data and proposals")
+    process = Process() if process is None else process
     torch.manual_seed(recipe.seed)
-    head = WsodHead(recipe.model, num_classes)
+    head = WsodHead(recipe.model, num_classes).to(process.device)
     optimizer = AdamW(
         parameter_groups(head, recipe),
         lr=recipe.learning_rate,
@@ -211,21 +284,27 @@ def train(
     if checkpoint.exists():
         done, _ = load_checkpoint(checkpoint, modules={"head": head}, optimizer=optimizer)
         _LOGGER.info("resuming after step %d", done)
+    process.wait()  # all have read the checkpoint before the main process writes the next one
     steps_per_epoch = -(-len(tagged) // recipe.images_per_step)
     num_steps = recipe.epochs * steps_per_epoch
     head.train()
-    with stage_progress() as progress:
+    display = stage_progress()
+    display.disable = not process.is_main
+    with display as progress:
         task = progress.add_task("train WSOD", total=num_steps, completed=done)
         for step in range(done, num_steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * rate_factor(step, num_steps, recipe.warmup_steps)
-            scalars = train_step(head, optimizer, _samples_of_step(tagged, recipe, step), recipe)
+            chosen = _samples_of_step(tagged, recipe, step)
+            scalars = train_step(head, optimizer, chosen, recipe, step=step, process=process)
+            progress.update(task, advance=1)
+            if not process.is_main:
+                continue
             stage.log_metrics(step=step, **scalars)
             if (step + 1) % steps_per_epoch == 0:
                 save_checkpoint(
                     checkpoint, modules={"head": head}, optimizer=optimizer, step=step + 1
                 )
-            progress.update(task, advance=1)
     return head.eval()
 
 
@@ -246,18 +325,34 @@ def train_step(
     optimizer: AdamW,
     chosen: Sequence[tuple[WsodSample, WsodView]],
     recipe: WsodRecipe,
+    *,
+    step: int = 0,
+    process: Process | None = None,
 ) -> dict[str, float]:
-    """One optimiser step on samples, each seen in one of its views; gives the scalars to log."""
+    """One optimiser step on samples, each seen in one of its views; gives the scalars to log.
+
+    Args:
+        head: Is trained.
+        optimizer: Of ``head``.
+        chosen: The samples of the step, the same on all processes, which share them.
+        recipe: Losses.
+        step: Decides, with the seed and the place in the step, what is drawn for a sample.
+        process: None: this one alone, on the CPU.
+    """
+    process = Process() if process is None else process
     optimizer.zero_grad()
     scalars = {"image": 0.0, "refinement": 0.0}
-    for sample, view in chosen:
-        outputs = head(view.descriptions)
-        of_image = image_loss(outputs.mil_scores, sample.tags)
+    for place in range(process.rank, len(chosen), process.num_processes):
+        sample, view = chosen[place]
+        torch.manual_seed((recipe.seed * 1_000_003 + step) * 1_009 + place)
+        outputs = head(view.descriptions.to(process.device))
+        boxes, tags = view.boxes.to(process.device), sample.tags.to(process.device)
+        of_image = image_loss(outputs.mil_scores, tags)
         of_branches = [
             weight * branch.mean()
             for weight, branch in zip(
                 branch_weights(recipe),
-                branch_losses(outputs, view.boxes, sample.tags, recipe),
+                branch_losses(outputs, boxes, tags, recipe),
                 strict=True,
             )
         ]
@@ -265,9 +360,10 @@ def train_step(
         ((of_image + refinement) / len(chosen)).backward()
         scalars["image"] += of_image.item() / len(chosen)
         scalars["refinement"] += refinement.item() / len(chosen)
+    process.add_gradients_(head.parameters())
     nn.utils.clip_grad_norm_(head.parameters(), 5.0)
     optimizer.step()
-    return scalars
+    return process.total(scalars)
 
 
 def branch_losses(
@@ -300,11 +396,12 @@ def detect(head: WsodHead, sample: WsodSample, recipe: WsodRecipe) -> Detections
 
     Boxes can be averaged because every view has the same proposals.
     """
+    device = next(head.parameters()).device
     with torch.inference_mode():
-        outputs = [head(view.descriptions) for view in sample.views]
-        scores = torch.stack([of_view.scores() for of_view in outputs]).mean(dim=0)
+        outputs = [head(view.descriptions.to(device)) for view in sample.views]
+        scores = torch.stack([of_view.scores() for of_view in outputs]).mean(dim=0).cpu()
         moved = [
-            moved_boxes(sample.boxes, offsets, is_mirrored=view.is_mirrored)
+            moved_boxes(sample.boxes, offsets.cpu(), is_mirrored=view.is_mirrored)
             for view, of_view in zip(sample.views, outputs, strict=True)
             if (offsets := of_view.offsets()) is not None
         ]
@@ -360,30 +457,51 @@ def _detect(
     return report
 
 
+def _describe(
+    record: ImageRecord,
+    boxes: NDArray[np.float32],
+    rows: Tensor,
+    describer: RoiDescriber,
+    recipe: WsodRecipe,
+) -> None:
+    """Fill the rows of one image, view by view."""
+    labels = np.zeros(len(boxes), np.int64)
+    image, device = record.image(), describer.pixel_mean.device
+    own = iter(rows.split(len(boxes)))
+    for size in (recipe.model.image_size, *recipe.extra_image_sizes):
+        framed = frame_image(image, boxes, labels, frame_side=size)
+        for view in (framed, mirror(framed)):
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                found = describer(_pixels(view).to(device), torch.from_numpy(view.boxes).to(device))
+            write_descriptions(next(own), found)
+
+
 def _sample(
     record: ImageRecord,
-    proposals: Proposals,
-    describer: RoiDescriber,
+    boxes: NDArray[np.float32],
+    rows: Tensor,
+    map_channels: Sequence[int],
     recipe: WsodRecipe,
     num_classes: int,
 ) -> WsodSample:
-    boxes = proposals.boxes[_is_usable(proposals.boxes, recipe.min_side_px)]
-    labels = np.zeros(len(boxes), np.int64)
-    image = record.image()
+    """One image with its rows of the file, in the order that ``_describe`` writes."""
     views = []
+    own = iter(rows.split(len(boxes)))
     for size in (recipe.model.image_size, *recipe.extra_image_sizes):
-        framed = frame_image(image, boxes, labels, frame_side=size)
-        views += [_view(framed, describer), _view(mirror(framed), describer, is_mirrored=True)]
+        frame = longest_side_frame(record.image_size, size)
+        in_frame = frame.to_model(boxes)
+        for is_mirrored in (False, True):
+            seen = mirrored_boxes(in_frame, frame.valid_size[1]) if is_mirrored else in_frame
+            views.append(
+                WsodView(
+                    boxes=torch.from_numpy(seen),
+                    descriptions=as_descriptions(next(own), map_channels),
+                    is_mirrored=is_mirrored,
+                )
+            )
     tags = torch.zeros(num_classes)
     tags[list(record.tags)] = 1.0
     return WsodSample(record=record, boxes=boxes, views=tuple(views), tags=tags)
-
-
-def _view(framed: FramedImage, describer: RoiDescriber, *, is_mirrored: bool = False) -> WsodView:
-    boxes = torch.from_numpy(framed.boxes)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        descriptions = describer(_pixels(framed), boxes)
-    return WsodView(boxes=boxes, descriptions=descriptions, is_mirrored=is_mirrored)
 
 
 def mirror(framed: FramedImage) -> FramedImage:
@@ -391,11 +509,17 @@ def mirror(framed: FramedImage) -> FramedImage:
     height, width = framed.valid_size
     pixels = framed.pixels.copy()
     pixels[:height, :width] = framed.pixels[:height, :width][:, ::-1]
-    boxes = framed.boxes.copy()
-    boxes[:, [0, 2]] = width - framed.boxes[:, [2, 0]]
+    boxes = mirrored_boxes(framed.boxes, width)
     return FramedImage(
         pixels=pixels, valid_size=framed.valid_size, boxes=boxes, labels=framed.labels
     )
+
+
+def mirrored_boxes(boxes: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """Boxes [n, 4] where the part of the frame that is ``width`` wide is mirrored."""
+    mirrored = boxes.copy()
+    mirrored[:, [0, 2]] = width - boxes[:, [2, 0]]
+    return mirrored
 
 
 def _pixels(framed: FramedImage) -> Tensor:

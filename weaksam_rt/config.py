@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from weaksam_rt.prompt_clustering import ClusteringConfig
 from weaksam_rt.proposals import ProposalConfig
@@ -86,6 +86,8 @@ def _from_mapping(kind: type[_T], content: Mapping[str, Any], where: str) -> _T:
 def _checked(value: Any, hint: Any, where: str) -> Any:
     if hint is float and type(value) is int:
         return float(value)
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(value)
     if hint in (int, float, bool) and type(value) is not hint:
         raise ValueError(f"setting {where}: expected {hint.__name__}, got {value!r}")
     return value

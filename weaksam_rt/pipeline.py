@@ -50,7 +50,12 @@ from weaksam_rt.prompts import (
     point_prompt,
     sam_prompts,
 )
-from weaksam_rt.proposals import PromptedBoxes, select_proposals
+from weaksam_rt.proposals import (
+    SOURCE_NAMES,
+    PromptedBoxes,
+    ProposalConfig,
+    select_proposals,
+)
 from weaksam_rt.types import (
     Detections,
     ImageSize,
@@ -64,8 +69,6 @@ from weaksam_rt.types import (
 _T = TypeVar("_T")
 _SINGLE_MASK = slice(0, 1)
 _MULTIMASK = slice(1, NUM_MASK_TOKENS)
-_WHOLE_MASKS = slice(2, NUM_MASK_TOKENS)
-"""Peak prompts drop the first of the three multimasks: it is the smallest part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,14 +205,38 @@ class WeakSamPipeline:
         embedded, (used_ids, peaks) = await asyncio.gather(
             self._embed(image), self._peak_prompts(image, class_ids)
         )
-        grid = grid_prompts(self._config.proposals.points_per_side, image_size)
-        prompts = PointPrompts.concatenate([grid, peaks])
+        prompts = self._used_prompts(image_size, peaks)
         prompted = await self._prompted_boxes(embedded, prompts)
         return ProposalResult(
             proposals=select_proposals(prompted, image_size, self._config.proposals),
             used_tags=tuple(classifier.class_names[c] for c in used_ids),
             prompts=prompts,
         )
+
+    async def prompted_boxes(
+        self,
+        image: NDArray[np.uint8],
+        *,
+        peaks: PointPrompts | None = None,
+        tags: Sequence[str] | None = None,
+    ) -> tuple[PointPrompts, PromptedBoxes]:
+        """The prompts of one image and the boxes of the masks that they give, before any filter.
+
+        Args:
+            image: RGB uint8 [h, w, 3].
+            peaks: Peaks of its maps, from whatever made them; None: from the classifier. The grid
+                is added here.
+            tags: For the classifier's peaks, as in ``propose``.
+
+        Raises:
+            ValueError: ``tags`` is empty or names an unknown class.
+        """
+        if peaks is None:
+            names = self._classifier().class_names
+            class_ids = None if tags is None else _class_ids(tags, names)
+            _, peaks = await self._peak_prompts(image, class_ids)
+        prompts = self._used_prompts((image.shape[0], image.shape[1]), peaks)
+        return prompts, await self._prompted_boxes(await self._embed(image), prompts)
 
     async def segment(
         self,
@@ -255,6 +282,13 @@ class WeakSamPipeline:
         )
 
     # -- prompts -------------------------------------------------------------------------------
+
+    def _used_prompts(self, image_size: ImageSize, peaks: PointPrompts) -> PointPrompts:
+        config = self._config.proposals
+        parts = [grid_prompts(config.points_per_side, image_size), peaks]
+        used = [SOURCE_NAMES.index(name) for name in config.sources]
+        prompts = PointPrompts.concatenate(parts)
+        return prompts.subset(np.flatnonzero(np.isin(prompts.sources, used)))
 
     async def _peak_prompts(
         self, image: NDArray[np.uint8], class_ids: Sequence[int] | None
@@ -323,15 +357,17 @@ class WeakSamPipeline:
         return answers
 
     async def _prompted_boxes(self, embedded: _Embedded, prompts: PointPrompts) -> PromptedBoxes:
-        """Boxes of all masks that count as proposals: three a grid point, two a peak."""
+        """Boxes of all masks that count as proposals: by default three a grid point, two a peak."""
         singles = sam_prompts(prompts)
         sources = [int(s) for s in prompts.sources]
-        for source in (PromptSource.COARSE, PromptSource.FINE):
-            together = class_prompts(_of_source(prompts, source))
+        config = self._config.proposals
+        for source in (PromptSource.COARSE, PromptSource.FINE) if config.class_prompts else ():
+            members = np.flatnonzero(prompts.sources == source)
+            together = class_prompts(prompts.subset(members))
             singles += together
             sources += [int(source)] * len(together)
         parts = [
-            _boxes_of_call(decoded, np.array(sources, np.int32), embedded.frame)
+            _boxes_of_call(decoded, np.array(sources, np.int32), embedded.frame, config)
             for decoded in await self._decode(embedded, singles)
         ]
         return _in_prompt_order(parts)
@@ -431,24 +467,16 @@ def _class_ids(tags: Sequence[str], class_names: Sequence[str]) -> list[int]:
     return sorted({class_names.index(tag) for tag in tags})
 
 
-def _of_source(prompts: PointPrompts, source: PromptSource) -> PointPrompts:
-    index = np.flatnonzero(prompts.sources == source)
-    return PointPrompts(
-        points=prompts.points[index],
-        scores=prompts.scores[index],
-        class_ids=prompts.class_ids[index],
-        sources=prompts.sources[index],
-    )
-
-
 def _boxes_of_call(
-    decoded: _Decoded, sources: NDArray[np.int32], frame: ModelFrame
+    decoded: _Decoded, sources: NDArray[np.int32], frame: ModelFrame, config: ProposalConfig
 ) -> tuple[NDArray[np.int64], PromptedBoxes]:
     """Prompt positions and boxes of one decoder call's masks."""
     call_sources = sources[decoded.positions]
     chosen = np.zeros(decoded.iou_predictions.shape, dtype=bool)
-    chosen[call_sources == PromptSource.GRID, _MULTIMASK] = True
-    chosen[call_sources != PromptSource.GRID, _WHOLE_MASKS] = True
+    is_grid = call_sources == PromptSource.GRID
+    for is_member, masks in ((is_grid, config.grid_masks), (~is_grid, config.peak_masks)):
+        for mask in masks:
+            chosen[is_member, _MULTIMASK.start + mask] = True
     prompt, _ = np.nonzero(chosen)
     logits = decoded.logits[chosen]
     boxes = PromptedBoxes(

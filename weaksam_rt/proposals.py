@@ -1,6 +1,7 @@
 """SAM's answers to proposals: which masks count, which boxes go."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,17 +9,31 @@ from numpy.typing import NDArray
 from weaksam_rt.boxes import Boxes, nms
 from weaksam_rt.types import ImageSize, PromptSource, Proposals
 
+SourceName = Literal["grid", "coarse", "fine", "cross"]
+SOURCE_NAMES: tuple[SourceName, ...] = get_args(SourceName)
+"""Of the values of ``PromptSource``, in their order."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProposalConfig:
-    """Filters of the proposals.
+    """From point prompts to proposals: which points, which of SAM's masks, which boxes stay.
 
     Source:
-        WeakSAM, section 3 of its released settings.
+        WeakSAM's released settings. The last two rules, ``min_side_px`` and that exact copies of an
+        earlier box go, are those of the detector that reads the proposals.
     """
 
+    sources: tuple[SourceName, ...] = ("grid", "coarse", "fine", "cross")
+    """The prompts that are used: a grid, peaks of coarse and of fine maps, clustered peaks of
+    cross-attention maps. At least one."""
     points_per_side: int = 32
     """Grid points along each side; 0: no grid."""
+    grid_masks: tuple[int, ...] = (0, 1, 2)
+    """Which of SAM's three masks of a grid point count, smallest part first."""
+    peak_masks: tuple[int, ...] = (1, 2)
+    """Which of SAM's three masks of a peak count: the first is the smallest part and left out."""
+    class_prompts: bool = True
+    """All coarse peaks of a class, and all its fine peaks, are also one prompt together."""
     grid_iou_thresh: float = 0.3
     """Grid masks with a predicted IoU below this go, in [0, 1]."""
     grid_stability_thresh: float = 0.3
@@ -33,6 +48,14 @@ class ProposalConfig:
     """Prompts of one decoder call."""
 
     def __post_init__(self) -> None:
+        if not self.sources or not set(self.sources) <= set(SOURCE_NAMES):
+            raise ValueError(f"sources must be some of {SOURCE_NAMES}, got {self.sources}")
+        for name in ("grid_masks", "peak_masks"):
+            masks = getattr(self, name)
+            if not masks or sorted(set(masks)) != list(masks) or not set(masks) <= {0, 1, 2}:
+                raise ValueError(f"{name} must be some of 0, 1, 2, ascending, got {masks}")
+        if self.min_side_px < 0:
+            raise ValueError(f"min_side_px must not be negative, got {self.min_side_px}")
         if self.points_per_side < 0:
             raise ValueError(f"points_per_side must not be negative, got {self.points_per_side}")
         if self.max_prompts_per_call < 1:

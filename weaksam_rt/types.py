@@ -50,6 +50,15 @@ class PointPrompts:
     def __len__(self) -> int:
         return len(self.points)
 
+    def subset(self, positions: NDArray[np.int64]) -> "PointPrompts":
+        """The prompts at ``positions``, in that order."""
+        return PointPrompts(
+            points=self.points[positions],
+            scores=self.scores[positions],
+            class_ids=self.class_ids[positions],
+            sources=self.sources[positions],
+        )
+
     @staticmethod
     def concatenate(parts: "list[PointPrompts]") -> "PointPrompts":
         """All prompts of ``parts`` in their order; an empty list gives empty prompts."""

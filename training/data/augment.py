@@ -51,6 +51,9 @@ def augment_images(
     image_size: int,
     config: AugmentConfig,
     generator: torch.Generator,
+    *,
+    rows: slice | None = None,
+    batch_size: int | None = None,
 ) -> Float[Tensor, "b 3 s s"]:
     """Random crops, mirrored and recoloured, normalised.
 
@@ -58,28 +61,52 @@ def augment_images(
         images: RGB, all of one size.
         image_size: Side s of the result, pixels.
         config: How far to go.
-        generator: The only source of chance.
+        generator: The only source of chance, on the CPU.
+        rows: Which rows of a larger batch ``images`` are; they come out as they would in the whole
+            batch. None: all.
+        batch_size: Of the larger batch.
     """
+    whole = len(images) if batch_size is None else batch_size
+    chance = _Chance(generator, whole, slice(None) if rows is None else rows, images.device)
     x = images.permute(0, 3, 1, 2).to(torch.float32) / 255
-    x = _random_crops(x, image_size, config, generator)
-    x = _random_colours(x, config.colour, generator)
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    x = _random_crops(x, image_size, config, chance)
+    x = _random_colours(x, config.colour, chance)
+    mean = torch.tensor(IMAGENET_MEAN, device=x.device)
+    std = torch.tensor(IMAGENET_STD, device=x.device)
     x = (x - mean[:, None, None]) / std[:, None, None]
-    return _random_erasing(x, config.erase, generator)
+    return _random_erasing(x, config.erase, chance)
 
 
-def _uniform(generator: torch.Generator, low: float, high: float, *size: int) -> Tensor:
-    return low + (high - low) * torch.rand(*size, generator=generator)
+@dataclass(frozen=True)
+class _Chance:
+    """Random numbers for some rows of a batch: drawn for the whole batch, so that they do not
+    depend on who has which rows.
+    """
+
+    generator: torch.Generator
+    batch_size: int
+    rows: slice
+    device: torch.device
+
+    def uniform(self, low: float, high: float, *size: int) -> Tensor:
+        """[rows, *size]."""
+        drawn = torch.rand(self.batch_size, *size, generator=self.generator)
+        return low + (high - low) * drawn[self.rows].to(self.device)
+
+    def uniform_pairs(self, low: float, high: float) -> Tensor:
+        """[2, rows]."""
+        drawn = torch.rand(2, self.batch_size, generator=self.generator)
+        return low + (high - low) * drawn[:, self.rows].to(self.device)
 
 
 def _random_crops(
-    x: Float[Tensor, "b 3 h w"], image_size: int, config: AugmentConfig, generator: torch.Generator
+    x: Float[Tensor, "b 3 h w"], image_size: int, config: AugmentConfig, chance: _Chance
 ) -> Float[Tensor, "b 3 s s"]:
     num = len(x)
-    shares = _uniform(generator, config.min_crop, 1.0, num, 2)
-    offsets = _uniform(generator, -1.0, 1.0, num, 2) * (1 - shares)
-    mirror = 1 - 2 * (torch.rand(num, generator=generator) < config.flip).float()
-    transform = torch.zeros(num, 2, 3)
+    shares = chance.uniform(config.min_crop, 1.0, 2)
+    offsets = chance.uniform(-1.0, 1.0, 2) * (1 - shares)
+    mirror = 1 - 2 * (chance.uniform(0.0, 1.0) < config.flip).float()
+    transform = torch.zeros(num, 2, 3, device=x.device)
     transform[:, 0, 0] = shares[:, 0] * mirror
     transform[:, 1, 1] = shares[:, 1]
     transform[:, :, 2] = offsets
@@ -88,10 +115,10 @@ def _random_crops(
 
 
 def _random_colours(
-    x: Float[Tensor, "b 3 h w"], strength: float, generator: torch.Generator
+    x: Float[Tensor, "b 3 h w"], strength: float, chance: _Chance
 ) -> Float[Tensor, "b 3 h w"]:
     brightness, contrast, saturation = (
-        _uniform(generator, 1 - strength, 1 + strength, len(x), 1, 1, 1) for _ in range(3)
+        chance.uniform(1 - strength, 1 + strength, 1, 1, 1) for _ in range(3)
     )
     x = x * brightness
     grey = x.mean(dim=1, keepdim=True)
@@ -101,16 +128,16 @@ def _random_colours(
 
 
 def _random_erasing(
-    x: Float[Tensor, "b 3 h w"], chance: float, generator: torch.Generator
+    x: Float[Tensor, "b 3 h w"], erase: float, chance: _Chance
 ) -> Float[Tensor, "b 3 h w"]:
     """Set one rectangle of 2 to 20 % of the area to the mean colour, in some images."""
-    num, side = len(x), x.shape[-1]
-    area = _uniform(generator, 0.02, 0.2, num)
-    aspect = torch.exp(_uniform(generator, -math.log(2), math.log(2), num))
+    side = x.shape[-1]
+    area = chance.uniform(0.02, 0.2)
+    aspect = torch.exp(chance.uniform(-math.log(2), math.log(2)))
     half = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()]) * side / 2
-    centre = _uniform(generator, 0.0, float(side), 2, num)
-    is_erased = torch.rand(num, generator=generator) < chance
-    position = torch.arange(side)
+    centre = chance.uniform_pairs(0.0, float(side))
+    is_erased = chance.uniform(0.0, 1.0) < erase
+    position = torch.arange(side, device=x.device)
     rows, columns = (
         (position - centre[axis, :, None]).abs() < half[axis, :, None] for axis in (0, 1)
     )

@@ -7,11 +7,12 @@ empty, not missing.
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from training.data.coco import CocoFolder
 from weaksam_rt.boxes import box_xywh_from_xyxy, box_xyxy_from_xywh
@@ -21,6 +22,8 @@ from weaksam_rt.types import Detections, PromptSource, Proposals
 
 PROPOSAL_CATEGORY_ID = 0
 """The category id of a class-agnostic box; no class of a data set has it."""
+_SEPARATOR = ",\n"
+"""Between images: a line of the file holds one, so that it can be read line by line."""
 _COORDINATE_DIGITS = 3
 _SCORE_DIGITS = 7
 
@@ -72,35 +75,94 @@ def read_detections(path: Path, *, folder: CocoFolder) -> dict[int, Detections]:
     return found
 
 
-def write_proposals(path: Path, proposals: Mapping[int, Proposals]) -> None:
-    """Write the class-agnostic boxes of many images, by image id, atomically."""
-    entries = []
-    for image_id, found in proposals.items():
+def write_proposals(
+    path: Path, proposals: Mapping[int, Proposals] | Iterable[tuple[int, Proposals]]
+) -> None:
+    """Write the class-agnostic boxes of many images, by image id, atomically.
+
+    Of an iterable of pairs one image at a time is held.
+    """
+    pairs = proposals.items() if isinstance(proposals, Mapping) else proposals
+    with atomic_path(path) as temporary, temporary.open("w") as file:
+        file.write("[")
+        separator = ""
+        for image_id, found in pairs:
+            if entries := _proposal_entries(image_id, found):
+                file.write(separator + json.dumps(entries)[1:-1])
+                separator = _SEPARATOR
+        file.write("]")
+
+
+def _proposal_entries(image_id: int, found: Proposals) -> list[dict[str, Any]]:
+    return [
+        {
+            **_entry(image_id, PROPOSAL_CATEGORY_ID, box_xywh, round(score, _SCORE_DIGITS)),
+            "source": source,
+        }
         for box_xywh, score, source in zip(
             _rounded_xywh(found.boxes), found.scores.tolist(), found.sources.tolist(), strict=True
-        ):
-            entry = _entry(image_id, PROPOSAL_CATEGORY_ID, box_xywh, round(score, _SCORE_DIGITS))
-            entries.append({**entry, "source": source})
-    _write_entries(path, entries)
+        )
+    ]
 
 
 def read_proposals(path: Path, *, folder: CocoFolder) -> dict[int, Proposals]:
     """The proposals of every image of ``folder`` in the file's order; empty where it has none.
 
-    A box without a ``source`` counts as one of the grid.
+    A box without a ``source`` counts as one of the grid. What ``write_proposals`` wrote is read
+    image by image, so that only arrays are held; any other layout of the JSON is read at once.
 
     Raises:
         ArtifactError: The file is damaged, or names an image that ``folder`` lacks.
     """
+    rows: dict[int, list[NDArray[np.float32]]] = defaultdict(list)
+    try:
+        for entries in _parts_of_array(path):
+            of_image = defaultdict(list)
+            for entry in entries:
+                source = entry.get("source", PromptSource.GRID)
+                of_image[entry["image_id"]].append((*entry["bbox"], entry["score"], source))
+            for image_id, found in of_image.items():
+                rows[image_id].append(np.array(found, dtype=np.float32).reshape(-1, 6))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(
+            f"{path} is not a COCO results file ({error!r}); run the stage that makes it again"
+        ) from error
+    _check_known(path, rows, folder)
     return {
-        image_id: Proposals(
-            boxes=_boxes(entries),
-            scores=np.array([entry["score"] for entry in entries], dtype=np.float32),
-            sources=np.array([e.get("source", PromptSource.GRID) for e in entries], dtype=np.int32),
-            image_size=size,
-        )
-        for image_id, (size, entries) in _entries_by_image(path, folder).items()
+        record.image_id: _proposals_of_rows(rows.pop(record.image_id, []), record.image_size)
+        for record in folder.records
     }
+
+
+def _proposals_of_rows(parts: list[NDArray[np.float32]], size: tuple[int, int]) -> Proposals:
+    rows = np.concatenate([np.zeros((0, 6), np.float32), *parts])
+    return Proposals(
+        boxes=box_xyxy_from_xywh(rows[:, :4]),
+        scores=rows[:, 4].copy(),
+        sources=rows[:, 5].astype(np.int32),
+        image_size=size,
+    )
+
+
+def _parts_of_array(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """The entries of a JSON array: line by line where the first line holds whole entries."""
+    with path.open() as file:
+        first = file.readline()
+        opened = _without_end(first)
+        try:
+            head = json.loads(f"{opened}]")
+        except ValueError:
+            head = []
+        if not head:
+            yield json.loads(first + file.read())
+            return
+        yield head
+        for line in file:
+            yield json.loads(f"[{_without_end(line)}]")
+
+
+def _without_end(line: str) -> str:
+    return line.strip().removesuffix("]").removesuffix(",")
 
 
 def _entry(image_id: int, category_id: int, box_xywh: list[float], score: float) -> dict[str, Any]:
@@ -122,6 +184,14 @@ def _write_entries(path: Path, entries: list[dict[str, Any]]) -> None:
         temporary.write_text(json.dumps(entries))
 
 
+def _check_known(path: Path, by_image: Mapping[int, Any], folder: CocoFolder) -> None:
+    if unknown := set(by_image) - {record.image_id for record in folder.records}:
+        raise ArtifactError(
+            f"{path} has {len(unknown)} images that {folder.root} lacks, e.g. id {min(unknown)}; "
+            "choose the data set that it was made on"
+        )
+
+
 def _entries_by_image(
     path: Path, folder: CocoFolder
 ) -> dict[int, tuple[tuple[int, int], list[dict[str, Any]]]]:
@@ -134,9 +204,5 @@ def _entries_by_image(
         raise ArtifactError(
             f"{path} is not a COCO results file ({error!r}); run the stage that makes it again"
         ) from error
-    if unknown := set(by_image) - {record.image_id for record in folder.records}:
-        raise ArtifactError(
-            f"{path} has {len(unknown)} images that {folder.root} lacks, e.g. id {min(unknown)}; "
-            "choose the data set that it was made on"
-        )
+    _check_known(path, by_image, folder)
     return {r.image_id: (r.image_size, by_image[r.image_id]) for r in folder.records}

@@ -30,17 +30,21 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], metadata: Mapping
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` file, or of a ``.pt`` / ``.pth`` state dict (tensors only, no
-    code is run).
+    """Tensors of a ``.safetensors`` file, or of a ``.pt`` / ``.pth`` state dict, by itself or under
+    ``model`` (tensors only, no code is run).
 
     Raises:
-        ArtifactError: The file is missing or damaged.
+        ArtifactError: The file is missing or damaged, or holds something else.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return content
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Tensor] = content.get("model", content)
+        others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        if others:
+            raise ValueError(f"no state dict: {others[:5]} are no tensors")
+        return dict(state)
     except Exception as error:
         raise ArtifactError(f"cannot read weights from {path}: {error}") from error
 

@@ -24,27 +24,49 @@ class PointingAccuracy:
     """(image, class) pairs that are truly there and have a fine peak."""
 
 
+class PointingCounter:
+    """``pointing_accuracy`` image by image: holds counts, no prompts."""
+
+    def __init__(self) -> None:
+        self._num_hits = dict.fromkeys(PromptSource, 0)
+        self._num = dict.fromkeys(PromptSource, 0)
+
+    def add(self, record: ImageRecord, prompts: PointPrompts) -> None:
+        """Count the prompts of one image."""
+        points = prompts.points[prompts.sources == PromptSource.CROSS]
+        hits = {
+            source: _hits_of_classes(record, prompts, source)
+            for source in (PromptSource.COARSE, PromptSource.FINE)
+        }
+        hits[PromptSource.CROSS] = [_is_inside(point, record.boxes) for point in points]
+        for source, of_source in hits.items():
+            self._num_hits[source] += sum(of_source)
+            self._num[source] += len(of_source)
+
+    def result(self) -> PointingAccuracy:
+        """Of all images so far."""
+        share = {
+            source: self._num_hits[source] / num if num else float("nan")
+            for source, num in self._num.items()
+        }
+        return PointingAccuracy(
+            coarse=share[PromptSource.COARSE],
+            fine=share[PromptSource.FINE],
+            cross=share[PromptSource.CROSS],
+            num_pairs=self._num[PromptSource.FINE],
+        )
+
+
 def pointing_accuracy(folder: CocoFolder, prompts: Mapping[int, PointPrompts]) -> PointingAccuracy:
     """Score point prompts by image id against the boxes of ``folder``; for evaluation only.
 
     Classes that are not in the image (predicted wrongly) and images without prompts do not count.
     """
-    hits: dict[PromptSource, list[bool]] = {source: [] for source in PromptSource}
+    counter = PointingCounter()
     for record in folder.records:
-        found = prompts.get(record.image_id)
-        if found is None:
-            continue
-        for source in (PromptSource.COARSE, PromptSource.FINE):
-            hits[source] += _hits_of_classes(record, found, source)
-        points = found.points[found.sources == PromptSource.CROSS]
-        hits[PromptSource.CROSS] += [_is_inside(point, record.boxes) for point in points]
-    share = {s: float(np.mean(h)) if h else float("nan") for s, h in hits.items()}
-    return PointingAccuracy(
-        coarse=share[PromptSource.COARSE],
-        fine=share[PromptSource.FINE],
-        cross=share[PromptSource.CROSS],
-        num_pairs=len(hits[PromptSource.FINE]),
-    )
+        if record.image_id in prompts:
+            counter.add(record, prompts[record.image_id])
+    return counter.result()
 
 
 def _hits_of_classes(

@@ -1,8 +1,14 @@
-"""A page that shows where proposals come from: maps, peaks and boxes of a few images."""
+"""One page that shows where proposals come from: maps, peaks, prompts, masks and boxes of a few
+images, for a browser without network.
 
-import asyncio
+Names of classes and files come from users; every text is escaped.
+"""
+
+import base64
 import html
+import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,155 +16,266 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from training.data.coco import CocoFolder, ImageRecord
-from training.data.proposal_parts import ImagePart
-from training.torch_backend import TrainedModels
+from training.data.proposal_shards import ImagePart
 from weaksam_rt.boxes import box_iou
-from weaksam_rt.class_activation_map import normalize_maps
-from weaksam_rt.contracts import VIT_CLASSIFIER
 from weaksam_rt.files import atomic_path
-from weaksam_rt.preprocessing import resize_maps, resize_to_square
-from weaksam_rt.types import PointPrompts, PromptSource
+from weaksam_rt.types import ImageSize, PointPrompts, PromptSource
 
 _COLOURS = {
     PromptSource.GRID: (160, 160, 160),
-    PromptSource.COARSE: (0, 200, 255),
+    PromptSource.COARSE: (0, 190, 255),
     PromptSource.FINE: (255, 64, 129),
-    PromptSource.CROSS: (255, 214, 0),
+    PromptSource.CROSS: (255, 200, 0),
 }
 _TRUTH = (255, 255, 255)
-_PANEL_PX = 280
-_HEAD = """<!doctype html><meta charset="utf-8"><title>Proposals</title>
-<style>body{font:14px sans-serif;background:#1b1b1f;color:#ddd;margin:24px}
-img{display:block;margin:4px 0 24px;max-width:100%}code{color:#fff}
-.k{display:inline-block;width:12px;height:12px;margin:0 4px 0 14px}</style>
+_PANEL_PX = 300
+_MOST_MASKS = 16
+"""Masks in one picture; more cannot be told apart."""
+_THRESHOLDS = (0.5, 0.75)
+_HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Proposals</title>
+<style>
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:82rem;padding:0 1rem}
+table{border-collapse:collapse;margin:.6rem 0 1.6rem}
+th,td{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}
+th:first-child,td:first-child{text-align:left}
+.row{display:flex;flex-wrap:wrap;gap:.7rem;margin-bottom:1.6rem}
+figure{margin:0;max-width:300px}figcaption{font-size:.8rem;color:#555}
+img{display:block;max-width:100%}h3{margin:.4rem 0;overflow-wrap:anywhere}
+.k{display:inline-block;width:.8rem;height:.8rem;margin:0 .3rem 0 1rem}
+</style></head><body>
 <h1>Where the proposals come from</h1>
-<p>From left to right: the picture with its true boxes (white, for evaluation only), coarse map,
-fine map, mean class attention, each with its peaks; and for every true box the best proposal.
 """
 
 
-def write_report(
-    directory: Path,
-    folder: CocoFolder,
-    records: Sequence[ImageRecord],
-    parts: Mapping[int, ImagePart],
-    trained: TrainedModels,
-) -> None:
-    """Write ``index.html`` and one picture per record.
+@dataclass(frozen=True, kw_only=True)
+class ImageMaps:
+    """What was searched for peaks in one image, [h, w] at its size in [0, 1]: the maximum over the
+    used classes.
+    """
+
+    coarse: NDArray[np.float32]
+    fine: NDArray[np.float32]
+    cross: NDArray[np.float32]
+    """The mean over layers and heads, which are searched one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEvidence:
+    """Everything the page shows of one image."""
+
+    record: ImageRecord
+    image: NDArray[np.uint8]
+    part: ImagePart
+    maps: ImageMaps
+    masks: NDArray[np.bool_]
+    """[n, h, w], a mask of each of the first prompts from maps, in their order."""
+
+
+def write_page(path: Path, folder: CocoFolder, sample: Sequence[ImageEvidence]) -> None:
+    """Write the page, atomically.
 
     Args:
-        directory: Made if needed.
-        folder: The data set.
-        records: The images to show.
-        parts: What the stage found, by image id.
-        trained: Gives the maps once more.
+        path: An ``.html`` file; pictures are inside it.
+        folder: The data set; its boxes are drawn and counted, nothing is learnt from them.
+        sample: The images to show, in order; may be empty.
     """
+    with atomic_path(path) as temporary:
+        temporary.write_text(html_page(folder, sample), encoding="utf-8")
+
+
+def html_page(folder: CocoFolder, sample: Sequence[ImageEvidence]) -> str:
+    """The page as text."""
     keys = "".join(
         f'<span class="k" style="background:rgb{colour}"></span>{source.name.lower()}'
         for source, colour in _COLOURS.items()
     )
-    lines = [_HEAD, keys, "</p>"]
-    for record in records:
-        part = parts[record.image_id]
-        panels = _panels(record, part, folder.class_names, trained)
-        name = f"{record.image_id}.jpg"
-        with atomic_path(directory / name) as temporary:
-            Image.fromarray(panels).save(temporary, format="JPEG", quality=85)
-        lines.append(f'{_caption(record, part, folder)}<img src="{name}" alt="">')
-    with atomic_path(directory / "index.html") as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
+    lines = [
+        _HEAD,
+        f"<p>{len(sample)} images of {html.escape(folder.root.name)}. Colours:{keys}. True boxes "
+        "are white; they are for evaluation only.</p>",
+        _summary_table(sample),
+    ]
+    for evidence in sample:
+        lines += [
+            f"<h3>{html.escape(evidence.record.path.name)}</h3>",
+            f"<p>{_caption(evidence, folder)}</p>",
+            f'<div class="row">{_figures(evidence)}</div>',
+        ]
+    return "\n".join([*lines, "</body></html>", ""])
 
 
-def _caption(record: ImageRecord, part: ImagePart, folder: CocoFolder) -> str:
-    truth = ", ".join(folder.class_names[tag] for tag in record.tags)
+def most_masks(prompts: PointPrompts) -> PointPrompts:
+    """The prompts whose masks are shown: the first of each class and source in turn, so that none
+    is left out for another's many.
+    """
+    groups: dict[tuple[int, int], int] = {}
+    turns = []
+    for source, class_id in zip(prompts.sources.tolist(), prompts.class_ids.tolist(), strict=True):
+        turns.append(groups.get((source, class_id), 0))
+        groups[source, class_id] = turns[-1] + 1
+    order = np.argsort(np.array(turns, np.int64), kind="stable")[:_MOST_MASKS]
+    return prompts.subset(np.sort(order))
+
+
+def coverage(evidence: Sequence[ImageEvidence], source: PromptSource | None) -> dict[float, float]:
+    """Share of the true boxes with a proposal of ``source`` (None: of any) at each IoU; nan without
+    true boxes.
+    """
+    best = [np.zeros(0, np.float32)]
+    for one in evidence:
+        proposals = one.part.proposals
+        chosen = np.ones(len(proposals), bool) if source is None else proposals.sources == source
+        overlap = box_iou(one.record.boxes[~one.record.is_crowd], proposals.boxes[chosen])
+        best.append(overlap.max(axis=1, initial=0.0))
+    found = np.concatenate(best)
+    return {t: float((found >= t).mean()) if len(found) else float("nan") for t in _THRESHOLDS}
+
+
+def _summary_table(sample: Sequence[ImageEvidence]) -> str:
+    header = "".join(
+        f"<th>{text}</th>"
+        for text in (
+            "source",
+            "prompts from maps",
+            "proposals",
+            *(f"true boxes at {t}" for t in _THRESHOLDS),
+        )
+    )
+    rows = [_summary_row(source.name.lower(), sample, source) for source in PromptSource]
+    return "\n".join(
+        ["<table><tr>", header, "</tr>", *rows, _summary_row("all", sample, None), "</table>"]
+    )
+
+
+def _summary_row(name: str, sample: Sequence[ImageEvidence], source: PromptSource | None) -> str:
+    """Numbers per image; each source as if it were alone."""
+    num = max(1, len(sample))
+    prompts = _count([e.part.prompts.sources for e in sample], source) / num
+    proposals = _count([e.part.proposals.sources for e in sample], source) / num
+    counts = ["" if source is PromptSource.GRID else f"{prompts:.1f}", f"{proposals:.1f}"]
+    shares = [f"{100 * share:.0f} %" for share in coverage(sample, source).values()]
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in (name, *counts, *shares))}</tr>"
+
+
+def _count(sources: Sequence[NDArray[np.int32]], source: PromptSource | None) -> int:
+    return sum(len(s) if source is None else int(np.count_nonzero(s == source)) for s in sources)
+
+
+def _caption(evidence: ImageEvidence, folder: CocoFolder) -> str:
+    truth = ", ".join(folder.class_names[tag] for tag in evidence.record.tags)
+    used = ", ".join(evidence.part.used_tags) or "none"
     counts = ", ".join(
-        f"{np.count_nonzero(part.proposals.sources == source)} {source.name.lower()}"
+        f"{np.count_nonzero(evidence.part.proposals.sources == source)} {source.name.lower()}"
         for source in PromptSource
     )
-    used = ", ".join(part.used_tags) or "none"
-    text = f"{record.path.name}: tags {truth}; used {used}; proposals: {counts}"
-    return f"<code>{html.escape(text)}</code>"
+    return html.escape(f"tags {truth or 'none'}; used {used}; proposals: {counts}")
 
 
-def _panels(
-    record: ImageRecord, part: ImagePart, class_names: tuple[str, ...], trained: TrainedModels
-) -> NDArray[np.uint8]:
-    image = record.image()
-    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.float32)
-    maps = _maps(image, [class_names.index(tag) for tag in part.used_tags], trained)
-    panels = [_drawn(image, boxes=record.boxes, colour=_TRUTH)]
-    for source, activation in maps.items():
-        heated = grey * 0.6 + _heat(activation) * 0.6
-        panels.append(_drawn(np.clip(heated, 0, 255).astype(np.uint8), prompts=part.prompts,
-                             source=source))  # fmt: skip
-    panels.append(_best_proposals(image, record, part))
-    return np.concatenate(panels, axis=1)
-
-
-def _maps(
-    image: NDArray[np.uint8], class_ids: list[int], trained: TrainedModels
-) -> dict[PromptSource, NDArray[np.float32]]:
-    """The maximum over the used classes of each kind of map, in [0, 1], at the image's size."""
-    parameters = trained.models.vit_classifier
-    assert parameters is not None
-    pixels = resize_to_square(image, parameters.image_size)[None]
-    answer = asyncio.run(trained.backend.infer(VIT_CLASSIFIER, {"image": pixels}))
-    kinds = {
-        PromptSource.COARSE: answer["coarse_maps"][0],
-        PromptSource.FINE: answer["fine_maps"][0],
-        PromptSource.CROSS: answer["cross_maps"][0].mean(axis=0),
+def _figures(evidence: ImageEvidence) -> str:
+    image, part, record = evidence.image, evidence.part, evidence.record
+    maps: Mapping[PromptSource, NDArray[np.float32]] = {
+        PromptSource.COARSE: evidence.maps.coarse,
+        PromptSource.FINE: evidence.maps.fine,
+        PromptSource.CROSS: evidence.maps.cross,
     }
-    size = (image.shape[0], image.shape[1])
-    empty = np.zeros(size, np.float32)
-    return {
-        source: normalize_maps(resize_maps(maps[class_ids], size)).max(axis=0)
-        if class_ids
-        else empty
-        for source, maps in kinds.items()
-    }
+    figures = [_figure(_with_boxes(image, record.boxes, _TRUTH), "true boxes")]
+    for source, values in maps.items():
+        num = np.count_nonzero(part.prompts.sources == source)
+        kind = "cluster centres" if source is PromptSource.CROSS else "peaks"
+        picture = _with_points(_heated(image, values), part.prompts, source)
+        figures.append(_figure(picture, f"{source.name.lower()} map, {num} {kind}"))
+    num = len(evidence.masks)
+    figures.append(_figure(_with_masks(evidence), f"masks of {num} prompts"))
+    figures.append(_figure(_all_boxes(evidence), f"all {len(part.proposals)} proposals"))
+    figures.append(_figure(_best_boxes(evidence), "the best proposal of each true box"))
+    return "".join(figures)
 
 
-def _heat(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Black, red, yellow, white for 0 to 1."""
-    shifted = values[..., None] * 3 - np.array([0, 1, 2], np.float32)
-    return np.clip(shifted, 0, 1) * np.float32(255)
+def _figure(picture: Image.Image, caption: str) -> str:
+    picture.thumbnail((_PANEL_PX, _PANEL_PX))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=82)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    text = html.escape(caption)
+    source = f"data:image/jpeg;base64,{data}"
+    return f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 
 
-def _best_proposals(
-    image: NDArray[np.uint8], record: ImageRecord, part: ImagePart
-) -> NDArray[np.uint8]:
-    panel = Image.fromarray(image).convert("RGB")
-    draw = ImageDraw.Draw(panel)
-    overlap = box_iou(record.boxes, part.proposals.boxes)
+def _heated(image: NDArray[np.uint8], values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """A grey image under black, red, yellow, white for 0 to 1."""
+    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
+    heat = np.clip(values[..., None] * 3 - np.array([0, 1, 2], np.float32), 0, 1) * 255
+    return np.clip(0.6 * grey + 0.6 * heat, 0, 255).astype(np.uint8)
+
+
+def _line_width(size: ImageSize) -> int:
+    """Two pixels after scaling."""
+    return max(1, round(2 * max(size) / _PANEL_PX))
+
+
+def _with_boxes(
+    image: NDArray[np.uint8], boxes: NDArray[np.float32], colour: tuple[int, int, int]
+) -> Image.Image:
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    for box in boxes:
+        draw.rectangle(box.tolist(), outline=colour, width=_line_width(picture.size))
+    return picture
+
+
+def _with_points(
+    image: NDArray[np.uint8], prompts: PointPrompts, source: PromptSource
+) -> Image.Image:
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    radius = 2 * _line_width(picture.size)
+    for x, y in prompts.points[prompts.sources == source]:
+        place = [x - radius, y - radius, x + radius, y + radius]
+        draw.ellipse(place, fill=_COLOURS[source], outline=(0, 0, 0))
+    return picture
+
+
+def _with_masks(evidence: ImageEvidence) -> Image.Image:
+    """Each mask in the colour of its prompt's source, with the prompt."""
+    shown = most_masks(evidence.part.prompts)
+    values = 0.55 * evidence.image.astype(np.float32)
+    for mask, source in zip(evidence.masks, shown.sources.tolist(), strict=True):
+        colour = np.array(_COLOURS[PromptSource(source)], np.float32)
+        values[mask] = 0.7 * values[mask] + 0.3 * colour
+    picture = Image.fromarray(values.astype(np.uint8))
+    for source in (PromptSource.COARSE, PromptSource.FINE, PromptSource.CROSS):
+        picture = _with_points(np.asarray(picture), shown, source)
+    return picture
+
+
+def _all_boxes(evidence: ImageEvidence) -> Image.Image:
+    picture = Image.fromarray(evidence.image)
+    draw = ImageDraw.Draw(picture)
+    proposals = evidence.part.proposals
+    for box, source in zip(proposals.boxes, proposals.sources.tolist(), strict=True):
+        draw.rectangle(box.tolist(), outline=_COLOURS[PromptSource(source)])
+    return picture
+
+
+def _best_boxes(evidence: ImageEvidence) -> Image.Image:
+    proposals = evidence.part.proposals
+    picture = Image.fromarray(evidence.image)
+    draw = ImageDraw.Draw(picture)
+    overlap = box_iou(evidence.record.boxes, proposals.boxes)
     if overlap.size:
         for row, best in zip(overlap, overlap.argmax(axis=1), strict=True):
-            box = part.proposals.boxes[best]
-            colour = _COLOURS[PromptSource(int(part.proposals.sources[best]))]
-            draw.rectangle(box.tolist(), outline=colour, width=3)
-            draw.text((float(box[0]) + 5, float(box[1]) + 4), f"IoU {row[best]:.2f}", fill=colour)
-    return _fitted(panel)
-
-
-def _drawn(
-    image: NDArray[np.uint8],
-    *,
-    boxes: NDArray[np.float32] | None = None,
-    colour: tuple[int, int, int] = _TRUTH,
-    prompts: PointPrompts | None = None,
-    source: PromptSource = PromptSource.GRID,
-) -> NDArray[np.uint8]:
-    panel = Image.fromarray(image)
-    draw = ImageDraw.Draw(panel)
-    for box in [] if boxes is None else boxes:
-        draw.rectangle(box.tolist(), outline=colour, width=2)
-    points = [] if prompts is None else prompts.points[prompts.sources == source]
-    for x, y in points:
-        draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=_COLOURS[source], outline=(0, 0, 0))
-    return _fitted(panel)
-
-
-def _fitted(panel: Image.Image) -> NDArray[np.uint8]:
-    panel.thumbnail((_PANEL_PX, _PANEL_PX))
-    square = Image.new("RGB", (_PANEL_PX + 4, _PANEL_PX), (27, 27, 31))
-    square.paste(panel, (0, 0))
-    return np.asarray(square)
+            box = proposals.boxes[best]
+            colour = _COLOURS[PromptSource(int(proposals.sources[best]))]
+            draw.rectangle(box.tolist(), outline=colour, width=_line_width(picture.size))
+            corner = (float(box[0]) + 5, float(box[1]) + 4)
+            draw.text(
+                corner,
+                f"IoU {row[best]:.2f}",
+                fill=colour,
+                font_size=12 * _line_width(picture.size) // 2,
+            )
+    return picture

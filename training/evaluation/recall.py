@@ -1,12 +1,13 @@
 """Recall of class-agnostic proposals: which share of the objects has a proposal of its own?"""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.coco import CocoFolder
+from training.data.coco import CocoFolder, ImageRecord
 from weaksam_rt.boxes import box_iou
 from weaksam_rt.types import Proposals
 
@@ -26,6 +27,39 @@ class ProposalRecall:
     median_proposals: float
 
 
+class RecallCounter:
+    """``proposal_recall`` image by image: holds counts, no boxes."""
+
+    def __init__(self, iou_thresholds: tuple[float, ...] = IOU_THRESHOLDS) -> None:
+        self._hits = dict.fromkeys(iou_thresholds, 0)
+        self._num_truth = 0
+        self._num_images = 0
+        self._sizes: Counter[int] = Counter()
+
+    def add(self, record: ImageRecord, boxes: NDArray[np.float32]) -> None:
+        """Count the proposals ``boxes`` [n, 4] of one image; none are all of them missed."""
+        iou = greedy_matches(box_iou(record.boxes[~record.is_crowd], boxes))
+        for thresh in self._hits:
+            self._hits[thresh] += int(np.count_nonzero(iou >= thresh))
+        self._num_truth += len(iou)
+        self._num_images += 1
+        self._sizes[len(boxes)] += 1
+
+    def result(self) -> ProposalRecall:
+        """Of all images so far."""
+        sizes = np.repeat([*self._sizes.keys()], [*self._sizes.values()])
+        return ProposalRecall(
+            recall={
+                thresh: hits / self._num_truth if self._num_truth else float("nan")
+                for thresh, hits in self._hits.items()
+            },
+            num_truth=self._num_truth,
+            num_images=self._num_images,
+            mean_proposals=float(np.mean(sizes)) if self._num_images else 0.0,
+            median_proposals=float(np.median(sizes)) if self._num_images else 0.0,
+        )
+
+
 def proposal_recall(
     folder: CocoFolder,
     proposals: Mapping[int, Proposals],
@@ -42,20 +76,11 @@ def proposal_recall(
         script in continuous boxes (no added pixel) and in counting images without proposals.
     """
     empty = np.zeros((0, 4), np.float32)
-    counts, matched = [], [np.zeros(0, np.float32)]
+    counter = RecallCounter(iou_thresholds)
     for record in folder.records:
         found = proposals.get(record.image_id)
-        boxes = empty if found is None else found.boxes
-        counts.append(len(boxes))
-        matched.append(greedy_matches(box_iou(record.boxes[~record.is_crowd], boxes)))
-    iou = np.concatenate(matched)
-    return ProposalRecall(
-        recall={t: float((iou >= t).mean()) if len(iou) else float("nan") for t in iou_thresholds},
-        num_truth=len(iou),
-        num_images=len(folder.records),
-        mean_proposals=float(np.mean(counts)) if counts else 0.0,
-        median_proposals=float(np.median(counts)) if counts else 0.0,
-    )
+        counter.add(record, empty if found is None else found.boxes)
+    return counter.result()
 
 
 def greedy_matches(iou: NDArray[np.float32]) -> NDArray[np.float32]:

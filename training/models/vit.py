@@ -1,7 +1,8 @@
 """A vision transformer with one class token per class, which shows its attention.
 
 It knows tokens, positions and attention; it knows no losses and no activation maps
-(``weaktr.py``). Module names are timm's, so ImageNet weights of a DeiT load as they are.
+(``weaktr.py``). Module names are timm's, so ImageNet weights of a DeiT load as they are. Its blocks
+are this project's own or timm's (``timm_vit.py``).
 """
 
 from collections.abc import Mapping
@@ -54,6 +55,15 @@ class VitConfig:
     less, the first never."""
     activation_ranges: tuple[ActivationRanges, ...] | None = None
     """Of each block; None: activations are not clamped."""
+    final_norm: bool = True
+    """Norm the tokens after the last block. WeakTr and MCTformer do not: the mean of a normed
+    token hardly depends on the image."""
+    position_margin: float = 0.0
+    """Patches added to the map's sides in the *scale* at which the position embedding is
+    interpolated; the released WeakTr and MCTformer add 0.1."""
+    timm_model: str = ""
+    """Take embedding, blocks and norms from this timm model, whose sizes the other fields then
+    are (``timm_vit_config``); empty: this project's own."""
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -67,6 +77,8 @@ class VitConfig:
                 f"activation_ranges has {len(self.activation_ranges)} entries for {self.depth} "
                 "blocks"
             )
+        if self.timm_model and self.activation_ranges is not None:
+            raise ValueError("activation_ranges belong to this project's own blocks, not to timm's")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must lie in [0, 1); got {self.drop_path}")
 
@@ -78,13 +90,26 @@ class VitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VitFeatures:
-    """What comes out of the last block, after the final norm."""
+    """What comes out of the last block, after the final norm if there is one."""
 
     class_tokens: Float[Tensor, "b c d"]
     patch_tokens: Float[Tensor, "b d h w"]
     attentions: Float[Tensor, "b k n t t"]
     """Post-softmax attention of all k layers and n heads; t = c class tokens, then h * w patches
     row by row. ``[..., i, j]`` is what token i takes from token j."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitParts:
+    """What differs between this project's blocks and timm's; parameters have timm's names."""
+
+    projection: nn.Module | None
+    """Image [b, 3, h, w] to patches [b, d, h', w']; None: a plain convolution."""
+    norm_pre: nn.Module
+    """Between positions and the first block."""
+    blocks: nn.ModuleList
+    """Each gives the new tokens [b, t, d] and its attention [b, n, t, t]."""
+    norm: nn.Module
 
 
 class _SelfAttention(nn.Module):
@@ -159,13 +184,34 @@ def _clamp(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:
 class PatchEmbedding(nn.Module):
     """Non-overlapping patches of normalised RGB to tokens."""
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: VitConfig, projection: nn.Module | None = None) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+        self.proj = projection or nn.Conv2d(
+            3, config.dim, config.patch_size, stride=config.patch_size
+        )
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d h16 w16"]:
         """Tokens as a map; rows and columns that fill no patch are left out."""
         return self.proj(image)
+
+
+def _own_parts(config: VitConfig) -> VitParts:
+    rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+    ranges = config.activation_ranges or (None,) * config.depth
+    return VitParts(
+        projection=None,
+        norm_pre=nn.Identity(),
+        blocks=nn.ModuleList(
+            _Block(config, rate, bounds) for rate, bounds in zip(rates, ranges, strict=True)
+        ),
+        norm=nn.LayerNorm(config.dim, eps=1e-6),
+    )
+
+
+def _timm_parts(config: VitConfig) -> VitParts:
+    from training.models.timm_vit import timm_parts  # timm takes a second to import
+
+    return timm_parts(config)
 
 
 class ClassTokenVit(nn.Module):
@@ -183,17 +229,16 @@ class ClassTokenVit(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = num_classes
-        self.patch_embed = patch_embed or PatchEmbedding(config)
+        parts = _timm_parts(config) if config.timm_model else _own_parts(config)
+        self.patch_embed = patch_embed or PatchEmbedding(config, parts.projection)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, num_classes, config.dim))
         positions = num_classes + config.map_size**2
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, positions, config.dim))
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
-        ranges = config.activation_ranges or (None,) * config.depth
-        self.blocks = nn.ModuleList(
-            _Block(config, rate, bounds) for rate, bounds in zip(rates, ranges, strict=True)
-        )
-        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
-        self.apply(_init_linear_)
+        self.norm_pre = parts.norm_pre
+        self.blocks = parts.blocks
+        self.norm = parts.norm if config.final_norm else nn.Identity()
+        if not config.timm_model:  # timm has its own start
+            self.apply(_init_linear_)
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> VitFeatures:
         """Tokens and attention of normalised RGB images of any size of at least one patch."""
@@ -201,7 +246,7 @@ class ClassTokenVit(nn.Module):
         height, width = patches.shape[-2:]
         tokens = patches.flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        x = x + self._positions(height, width)
+        x = self.norm_pre(x + self._positions(height, width))
         attentions = []
         for block in self.blocks:
             x, attention = block(x)
@@ -219,9 +264,16 @@ class ClassTokenVit(nn.Module):
             return self.pos_embed
         classes, patches = self.pos_embed.split([self.num_classes, side * side], dim=1)
         grid = patches.transpose(1, 2).unflatten(2, (side, side))
-        resized = functional.interpolate(
-            grid, size=(height, width), mode="bicubic", align_corners=False
-        )
+        margin = self.config.position_margin
+        if margin:
+            scale = ((height + margin) / side, (width + margin) / side)
+            resized = functional.interpolate(
+                grid, scale_factor=scale, mode="bicubic", align_corners=False
+            )
+        else:
+            resized = functional.interpolate(
+                grid, size=(height, width), mode="bicubic", align_corners=False
+            )
         return torch.cat([classes, resized.flatten(2).transpose(1, 2)], dim=1)
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from training.data.augment import normalize_images
 from training.engine.checkpoint import load_metadata, load_weights, save_weights
-from training.models.vit import ActivationRanges, VitConfig
-from training.models.weaktr import WeakTr, WeakTrConfig, attention_layers
+from training.models.weaktr import WeakTr, attention_layers, config_from_json
 from weaksam_rt.contracts import VitClassifierParameters
 from weaksam_rt.errors import ArtifactError
 
@@ -29,10 +28,18 @@ class VitClassifierAdapter(nn.Module):
     Args:
         model: A trained classifier.
         layers: Layers whose class attention gives the cross maps; None: ``attention_layers``.
+        class_tokens: Positions of the model's classes that are served, ascending; None: all. A
+            class token that stands for no class is still attended to, so it stays in the model.
     """
 
-    def __init__(self, model: WeakTr, layers: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self,
+        model: WeakTr,
+        layers: tuple[int, ...] | None = None,
+        class_tokens: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
+        self.class_tokens = None if class_tokens is None else list(class_tokens)
         depth = model.config.vit.depth
         self.model = model
         self.layers = attention_layers(depth) if layers is None else layers
@@ -51,9 +58,28 @@ class VitClassifierAdapter(nn.Module):
 
         The m cross maps are those of the first chosen layer's heads, then the next layer's.
         """
-        output = self.model(normalize_images(image))
+        return self.forward_normalized(normalize_images(image))
+
+    def forward_normalized(
+        self, image: Float[Tensor, "b 3 y x"]
+    ) -> tuple[
+        Float[Tensor, "b c"],
+        Float[Tensor, "b c h w"],
+        Float[Tensor, "b c h w"],
+        Float[Tensor, "b m c h w"],
+    ]:
+        """The same for normalised RGB of any shape."""
+        output = self.model(image)
         cross = torch.cat([output.cross_maps[:, layer] for layer in self.layers], dim=1)
-        return output.class_logits, output.coarse_maps, output.fine_maps, cross
+        if self.class_tokens is None:
+            return output.class_logits, output.coarse_maps, output.fine_maps, cross
+        served = self.class_tokens
+        return (
+            output.class_logits[:, served],
+            output.coarse_maps[:, served],
+            output.fine_maps[:, served],
+            cross[:, :, served],
+        )
 
     def parameters_of_contract(self, class_names: tuple[str, ...]) -> VitClassifierParameters:
         """The sizes that the contract depends on."""
@@ -72,6 +98,12 @@ class LoadedClassifier:
 
     model: WeakTr
     class_names: tuple[str, ...]
+    class_tokens: tuple[int, ...] | None = None
+    """Positions of ``class_names`` among the model's class tokens; None: it has no others."""
+
+    def served(self) -> VitClassifierAdapter:
+        """The model behind its contract, with the named classes only."""
+        return VitClassifierAdapter(self.model, class_tokens=self.class_tokens)
 
 
 def save_classifier(
@@ -87,7 +119,7 @@ def save_classifier(
     Args:
         path: Replaced atomically.
         model: Its config is stored beside the tensors.
-        class_names: In the order of the logits.
+        class_names: In the order of the logits; empty for a class token that stands for no class.
         dtype: Of the stored tensors; float16 halves the file.
         provenance: JSON values to keep with the weights (data, recipe, metrics).
     """
@@ -110,7 +142,7 @@ def load_classifier(path: Path) -> LoadedClassifier:
     """
     metadata = load_metadata(path)
     try:
-        config = _config_from_json(metadata[_METADATA_KEY])
+        config = config_from_json(metadata[_METADATA_KEY])
         class_names = tuple(metadata["class_names"])
         model = WeakTr(config, len(class_names))
         model.load_state_dict(load_weights(path))
@@ -118,14 +150,9 @@ def load_classifier(path: Path) -> LoadedClassifier:
         raise ArtifactError(
             f"{path} is not a classifier of training.train_classifier: {error}"
         ) from error
-    return LoadedClassifier(model=model.eval(), class_names=class_names)
-
-
-def _config_from_json(content: Mapping[str, Any]) -> WeakTrConfig:
-    vit = dict(content["vit"])
-    if vit["activation_ranges"] is not None:
-        vit["activation_ranges"] = tuple(
-            ActivationRanges(**{name: tuple(bounds) for name, bounds in ranges.items()})
-            for ranges in vit["activation_ranges"]
-        )
-    return WeakTrConfig(**{**content, "vit": VitConfig(**vit)})
+    named = tuple(position for position, name in enumerate(class_names) if name)
+    return LoadedClassifier(
+        model=model.eval(),
+        class_names=tuple(class_names[position] for position in named),
+        class_tokens=None if len(named) == len(class_names) else named,
+    )

@@ -1,21 +1,27 @@
 """WeakTr: a ViT whose class tokens, attention and patch tokens all say where a class is.
 
-It knows how logits and maps arise and the loss on image-level tags; it knows no data.
+It knows how logits and maps arise and the loss on image-level tags; it knows no data. MCTformer's
+maps, which stand on the same tokens, are an option of the same network.
 
 Source:
-    WeakTr (arXiv:2304.01184) as WeakSAM (arXiv:2402.14812) uses it. Two of its choices are options:
-    the gate of the attention maps (reduction, pooling), and which layers' attention gives peaks.
+    WeakTr (arXiv:2304.01184) as WeakSAM (arXiv:2402.14812) uses it; ``published_config`` is exactly
+    that. The gate of the attention maps (reduction, pooling), and which layers' attention gives
+    peaks, are options. MCTformer: arXiv:2203.02891.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.models.vit import ClassTokenVit, VitConfig, VitFeatures
+from training.models.vit import ActivationRanges, ClassTokenVit, VitConfig
+
+_MCTFORMER_LAYERS = 3
+"""Last layers whose class attention MCTformer reads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,18 +38,47 @@ class WeakTrConfig:
     """How a class token becomes its logit: the mean of its channels as published, or a learned
     weighing that starts as the mean. On a thousand images ``mean`` is still undecided when
     ``linear`` is done: the mean of a normed token hardly moves."""
-    coarse_pool: Literal["mean", "attention"] = "mean"
+    coarse_pool: Literal["mean", "attention", "rank"] = "mean"
     """How the coarse maps become logits in training: their mean as published, or their mean where
     the class token looks, while where it does not look no class may answer. Patch tokens know the
     whole image, so with ``mean`` and little data any patch may answer for the class; ``attention``
-    pins the answer to the object."""
+    pins the answer to the object. ``rank``: a mean in which each patch weighs ``rank_decay`` times
+    the next better one, as MCTformer+."""
+    rank_decay: float = 0.996
+    """For ``coarse_pool="rank"``, in (0, 1]."""
+    maps: Literal["weaktr", "mctformer", "mctformer_plus"] = "weaktr"
+    """How attention turns coarse maps into fine ones. ``weaktr``: the gate weighs all attention
+    maps. ``mctformer``: class attention is the mean of the last three layers, patch attention the
+    sum of all; nothing is learnt, so there is no fine loss. ``mctformer_plus``: with the square
+    root of coarse map times class attention."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.rank_decay <= 1:
+            raise ValueError(f"rank_decay must be in (0, 1], got {self.rank_decay}")
         if not 1 <= self.gate_reduction <= self.vit.depth * self.vit.num_heads:
             raise ValueError(
                 f"gate_reduction {self.gate_reduction} leaves nothing of "
                 f"{self.vit.depth * self.vit.num_heads} attention maps"
             )
+
+
+def published_config(
+    vit: VitConfig | None = None, *, map_source: Literal["weaktr", "mctformer"] = "weaktr"
+) -> WeakTrConfig:
+    """WeakTr as published (or MCTformer on the same network): logits are plain means and no norm
+    follows the last block.
+
+    Args:
+        vit: The backbone; None: DeiT-Small. Norm and interpolation of positions are set here.
+        map_source: Whose maps.
+    """
+    vit = VitConfig(dim=384, num_heads=6) if vit is None else vit
+    return WeakTrConfig(
+        vit=replace(vit, final_norm=False, position_margin=0.1),
+        class_readout="mean",
+        coarse_pool="mean",
+        maps=map_source,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +90,8 @@ class WeakTrOutput:
     coarse_logits: Float[Tensor, "b c"]
     background_logits: Float[Tensor, "b c"] | None
     """The coarse maps' mean where class attention is low; None with ``coarse_pool="mean"``."""
-    fine_logits: Float[Tensor, "b c"]
+    fine_logits: Float[Tensor, "b c"] | None
+    """The fine maps' mean; None where nothing behind it learns."""
     coarse_maps: Float[Tensor, "b c h w"]
     """Class activation of the patch tokens, at least 0."""
     fine_maps: Float[Tensor, "b c h w"]
@@ -114,14 +150,23 @@ class WeakTr(nn.Module):
         self.class_readout = _ClassReadout(num_classes, config.vit.dim, config.class_readout)
         self.head = nn.Conv2d(config.vit.dim, num_classes, 3, padding=1)
         num_maps = config.vit.depth * config.vit.num_heads
-        self.gate = AttentionGate(num_maps, config.gate_reduction, config.gate_pool)
+        self.gate = (
+            AttentionGate(num_maps, config.gate_reduction, config.gate_pool)
+            if config.maps == "weaktr"
+            else None
+        )
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> WeakTrOutput:
         """Logits and maps of normalised RGB images."""
         features = self.vit(image)
         activation = self.head(features.patch_tokens)
         coarse_maps = activation.detach().relu()
-        fine_maps = self._fine_maps(features, coarse_maps)
+        class_to_patch, patch_to_patch = self._fused_attention(features.attentions.detach())
+        weighed = class_to_patch * coarse_maps.flatten(2)
+        if self.config.maps == "mctformer_plus":
+            weighed = weighed.sqrt()
+        spread = torch.einsum("bij,bcj->bci", patch_to_patch, weighed)
+        fine_maps = spread.unflatten(2, coarse_maps.shape[2:])
         cross_maps = self._class_to_patch(features.attentions, coarse_maps.shape[2])
         background_logits = None
         coarse_logits = activation.mean(dim=(2, 3))
@@ -129,30 +174,31 @@ class WeakTr(nn.Module):
             layers = attention_layers(self.config.vit.depth)
             attention = torch.stack([cross_maps[:, layer] for layer in layers]).mean(dim=(0, 2))
             coarse_logits, background_logits = _pool_by_attention(activation, attention.detach())
+        elif self.config.coarse_pool == "rank":
+            coarse_logits = _pool_by_rank(activation, self.config.rank_decay)
         return WeakTrOutput(
             class_logits=self.class_readout(features.class_tokens),
             coarse_logits=coarse_logits,
             background_logits=background_logits,
-            fine_logits=fine_maps.mean(dim=(2, 3)),
+            fine_logits=None if self.gate is None else fine_maps.mean(dim=(2, 3)),
             coarse_maps=coarse_maps,
             fine_maps=fine_maps,
             cross_maps=cross_maps,
         )
 
-    def _fine_maps(
-        self, features: VitFeatures, coarse_maps: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b c h w"]:
-        """Patch attention times (class attention x coarse map), after gating; only the gate
-        learns from it.
+    def _fused_attention(self, attentions: Float[Tensor, "b k n t t"]) -> tuple[Tensor, Tensor]:
+        """What class tokens [b, c, p] and patches [b, p, p] take from the patches, over all layers
+        and heads.
         """
         classes = self.num_classes
-        maps = features.attentions.detach().flatten(1, 2)
-        weights = self.gate(maps) / maps.shape[1]
-        fused = torch.einsum("bm,bmij->bij", weights, maps)
-        class_to_patch, patch_to_patch = fused[:, :classes, classes:], fused[:, classes:, classes:]
-        weighed = class_to_patch * coarse_maps.flatten(2)
-        spread = torch.einsum("bij,bcj->bci", patch_to_patch, weighed)
-        return spread.unflatten(2, coarse_maps.shape[2:])
+        if self.gate is not None:
+            maps = attentions.flatten(1, 2)
+            weights = self.gate(maps) / maps.shape[1]
+            fused = torch.einsum("bm,bmij->bij", weights, maps)
+            return fused[:, :classes, classes:], fused[:, classes:, classes:]
+        by_layer = attentions.mean(dim=2)  # [b, k, t, t]
+        class_to_patch = by_layer[:, -_MCTFORMER_LAYERS:, :classes, classes:].mean(dim=1)
+        return class_to_patch, by_layer[:, :, classes:, classes:].sum(dim=1)
 
     def _class_to_patch(
         self, attentions: Float[Tensor, "b k n t t"], height: int
@@ -168,6 +214,13 @@ def _pool_by_attention(
     low, high = attention.amin(dim=(2, 3), keepdim=True), attention.amax(dim=(2, 3), keepdim=True)
     unattended = 1 - (attention - low) / (high - low + 1e-8)
     return _weighted_mean(activation, attention), _weighted_mean(activation, unattended.square())
+
+
+def _pool_by_rank(activation: Float[Tensor, "b c h w"], decay: float) -> Float[Tensor, "b c"]:
+    """Mean over patches, each weighing ``decay`` times the next better one."""
+    ranked = activation.flatten(2).sort(dim=2, descending=True).values
+    weights = decay ** torch.arange(ranked.shape[2], device=ranked.device, dtype=torch.float32)
+    return (ranked * weights).sum(dim=2) / weights.sum()
 
 
 def _weighted_mean(
@@ -194,6 +247,7 @@ def weaktr_loss(
             ("coarse", output.coarse_logits),
             ("fine", output.fine_logits),
         )
+        if logits is not None
     }
     if output.background_logits is not None:
         losses["background"] = background_weight * functional.multilabel_soft_margin_loss(
@@ -201,6 +255,22 @@ def weaktr_loss(
         )
     total = torch.stack([*losses.values()]).sum()
     return total, {name: loss.item() for name, loss in losses.items()}
+
+
+def config_from_json(content: Mapping[str, Any]) -> WeakTrConfig:
+    """The config of ``dataclasses.asdict``; fields of later versions keep their defaults.
+
+    Raises:
+        KeyError: It has no ``vit``.
+        TypeError: A field is unknown.
+    """
+    vit = dict(content["vit"])
+    if vit["activation_ranges"] is not None:
+        vit["activation_ranges"] = tuple(
+            ActivationRanges(**{name: tuple(bounds) for name, bounds in ranges.items()})
+            for ranges in vit["activation_ranges"]
+        )
+    return WeakTrConfig(**{**content, "vit": VitConfig(**vit)})
 
 
 def attention_layers(depth: int) -> tuple[int, ...]:

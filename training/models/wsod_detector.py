@@ -13,21 +13,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.models.roi_pooling import ROI_SIZE, pool_rois
-from training.models.squeezenet import PIXEL_MEAN, PIXEL_STD, SqueezeNetFeatures
+from training.models.squeezenet import PIXEL_MEAN, PIXEL_STD
+from training.models.wsod_trunks import TRUNK_MAPS, TrunkName, WsodTrunk
 from training.wsod.drop_block import ConcreteDropBlock, DropBlockConfig
 from training.wsod.mil_head import MilHead
 from training.wsod.refinement import BranchOutputs
 
-STRIDES = (8, 16)
-"""Pixels per cell of the maps that proposals are described from: shape and class."""
+_SIDE_MULTIPLE = 16
+"""Sides of the input that every trunk divides into whole cells."""
 _FRAME_CELLS = 1
 """Cells on each side of a pooled, enlarged box that lie around the box itself."""
+CELLS = ROI_SIZE - 2 * _FRAME_CELLS
+"""Cells along a side of a box."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WsodDetectorConfig:
     """Sizes of the network."""
 
+    trunk: TrunkName = "squeezenet"
+    """What describes the proposals."""
     image_size: int = 416
     """Side of the square input in pixels, a multiple of 16."""
     head_width: int = 256
@@ -44,16 +49,17 @@ class WsodDetectorConfig:
     def __post_init__(self) -> None:
         if self.num_refinements < 1:
             raise ValueError(f"num_refinements must be at least 1, got {self.num_refinements}")
-        if self.image_size % max(STRIDES):
+        if self.image_size % _SIDE_MULTIPLE:
             raise ValueError(
-                f"image_size must be a multiple of {max(STRIDES)}, got {self.image_size}"
+                f"image_size must be a multiple of {_SIDE_MULTIPLE}, got {self.image_size}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoiDescriptions:
-    """What the frozen trunk sees of the proposals of one image; bfloat16, to keep many in
-    memory.
+    """What the frozen trunk sees of the proposals of one image; bfloat16, to keep many.
+
+    Descriptions of a whole data set are views of one memory-mapped file.
     """
 
     mean_inside: Float[Tensor, "n d"]
@@ -62,6 +68,15 @@ class RoiDescriptions:
     """Over a frame around the box, a fifth of its sides wide."""
     cells: Float[Tensor, "n 5 5 d"] | None = None
     """What ``mean_inside`` and ``max_inside`` summarise, not normalised; only for DropBlock."""
+
+    def to(self, device: torch.device) -> "RoiDescriptions":
+        """The same on ``device``."""
+        return RoiDescriptions(
+            mean_inside=self.mean_inside.to(device),
+            max_inside=self.max_inside.to(device),
+            mean_around=self.mean_around.to(device),
+            cells=None if self.cells is None else self.cells.to(device),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +117,10 @@ class RoiDescriber(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, trunk: SqueezeNetFeatures, *, keep_cells: bool = False) -> None:
+    def __init__(self, trunk: WsodTrunk, *, keep_cells: bool = False) -> None:
         super().__init__()
         self.keep_cells = keep_cells
-        self.trunk = trunk.requires_grad_(False)
+        self.trunk = trunk
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).reshape(1, 3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).reshape(1, 3, 1, 1))
 
@@ -114,12 +129,11 @@ class RoiDescriber(nn.Module):
         self, image: Float[Tensor, "1 3 s s"], boxes: Float[Tensor, "n 4"]
     ) -> RoiDescriptions:
         """Describe boxes (XYXY, model frame) of one image (RGB in [0, 255])."""
-        pyramid = self.trunk((image - self.pixel_mean) / self.pixel_std)
-        maps = (pyramid.stride8.float(), pyramid.stride16.float())
+        maps = self.trunk((image - self.pixel_mean) / self.pixel_std)
         return concatenate(
             [
-                describe_rois(features, boxes, stride=stride, keep_cells=self.keep_cells)
-                for features, stride in zip(maps, STRIDES, strict=True)
+                describe_rois(features.float(), boxes, stride=stride, keep_cells=self.keep_cells)
+                for features, stride in zip(maps, self.trunk.maps.strides, strict=True)
             ]
         )
 
@@ -137,7 +151,8 @@ class WsodHead(nn.Module):
 
     def __init__(self, config: WsodDetectorConfig, num_classes: int) -> None:
         super().__init__()
-        num_features = sum(SqueezeNetFeatures.out_channels[1:])
+        self.map_channels = TRUNK_MAPS[config.trunk].channels
+        num_features = sum(self.map_channels)
         self.mil = MilHead(num_features, num_classes)
         self.hidden = nn.Sequential(
             nn.Linear(3 * num_features, config.head_width),
@@ -167,7 +182,7 @@ class WsodHead(nn.Module):
             if rois.cells is None:
                 raise ValueError("DropBlock needs the cells; describe RoIs with keep_cells=True")
             keep = self.drop_block(rois.cells.float())
-            rois = describe_kept_cells(rois, keep)
+            rois = describe_kept_cells(rois, keep, map_channels=self.map_channels)
         inside, around = rois.mean_inside.float(), rois.mean_around.float()
         hidden = self.hidden(torch.cat([inside, rois.max_inside.float(), around], dim=1))
         return WsodOutputs(
@@ -211,13 +226,16 @@ def describe_rois(
     )
 
 
-def describe_kept_cells(rois: RoiDescriptions, keep: Float[Tensor, "n 5 5"]) -> RoiDescriptions:
+def describe_kept_cells(
+    rois: RoiDescriptions, keep: Float[Tensor, "n 5 5"], *, map_channels: Sequence[int]
+) -> RoiDescriptions:
     """The descriptions again, of the kept cells only; the surroundings stay.
 
     Args:
         rois: With cells, none of which is negative (the trunk's maps end in a ReLU).
         keep: 1 for a cell that counts, else 0; at least one 1 for each RoI. Gradients flow into
             it.
+        map_channels: Channels of each map, which were normalised by themselves.
 
     Returns:
         Descriptions without cells; those of ``describe_rois`` up to rounding where all is kept.
@@ -227,8 +245,8 @@ def describe_kept_cells(rois: RoiDescriptions, keep: Float[Tensor, "n 5 5"]) -> 
     weights = keep.flatten(1)[:, :, None]  # [n, 25, 1]
     kept = rois.cells.float().flatten(1, 2) * weights
     return RoiDescriptions(
-        mean_inside=_normalised_by_map(kept.sum(dim=1) / weights.sum(dim=1)),
-        max_inside=_normalised_by_map(kept.amax(dim=1)),
+        mean_inside=_normalised_by_map(kept.sum(dim=1) / weights.sum(dim=1), map_channels),
+        max_inside=_normalised_by_map(kept.amax(dim=1), map_channels),
         mean_around=rois.mean_around,
     )
 
@@ -252,8 +270,8 @@ def _offset_layer(in_features: int, num_classes: int) -> nn.Linear:
     return layer
 
 
-def _normalised_by_map(x: Tensor) -> Tensor:
-    parts = x.split(SqueezeNetFeatures.out_channels[1:], dim=1)
+def _normalised_by_map(x: Tensor, map_channels: Sequence[int]) -> Tensor:
+    parts = x.split(list(map_channels), dim=1)
     return torch.cat([functional.layer_norm(part, part.shape[-1:]) for part in parts], dim=1)
 
 

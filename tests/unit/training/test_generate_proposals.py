@@ -1,6 +1,13 @@
 import asyncio
+import contextlib
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +15,7 @@ import torch
 
 import training.generate_proposals as stage_module
 from training.data.coco import load_coco_folder
-from training.data.proposal_parts import ImagePart, read_part, write_part
+from training.data.proposal_shards import ImagePart, ShardWatch
 from training.data.results import read_proposals
 from training.data.scenes import SCENE_CLASSES, SceneConfig
 from training.engine.stage import read_manifest
@@ -23,12 +30,15 @@ from training.models.sam import CompactEncoderConfig, SamConfig, build_sam, save
 from training.models.vit import VitConfig
 from training.models.vit_adapter import save_classifier
 from training.models.weaktr import WeakTr, WeakTrConfig
+from training.proposal_workers import WorkerError
+from training.proposer import ImageProposer
 from training.torch_backend import TorchModel, proposal_models
+from weaksam_rt.backends.local import LocalBackend
 from weaksam_rt.config import PipelineConfig
 from weaksam_rt.contracts import DetectorParameters, detector_contract
-from weaksam_rt.errors import ArtifactError, ContractError
-from weaksam_rt.proposals import ProposalConfig
-from weaksam_rt.types import PointPrompts, Proposals
+from weaksam_rt.errors import ContractError
+from weaksam_rt.proposals import SOURCE_NAMES, ProposalConfig
+from weaksam_rt.types import PointPrompts
 
 _RECIPE = ProposalRecipe(
     pipeline=PipelineConfig(proposals=ProposalConfig(points_per_side=2, min_side_px=2.0))
@@ -74,23 +84,22 @@ def test_every_image_gets_proposals_and_the_manifest_says_how_good_they_are(worl
     metrics = read_manifest(tmp_path)["metrics"]
     assert 0 <= metrics["recall_0.75"] <= metrics["recall_0.5"] <= 1
     assert metrics["mean_proposals"] == np.mean([len(p) for p in found.values()])
-    page = (tmp_path / "report" / "index.html").read_text()
-    assert '<img src="0.jpg"' in page
-    assert (tmp_path / "report" / "0.jpg").is_file()
+    page = (tmp_path / stage_module.REPORT_NAME).read_text()
+    assert page.count("<figure>") == 7
 
 
 def test_a_killed_run_goes_on_with_the_images_that_are_not_done(world, tmp_path, monkeypatch):
     generate_proposals(_config(world, tmp_path / "whole"))
     seen = []
-    real = stage_module._read_image
+    real = ImageProposer.propose
 
-    def dies_at_the_second(record):
+    def dies_at_the_second(proposer, record):
         seen.append(record.image_id)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return real(record)
+        return real(proposer, record)
 
-    monkeypatch.setattr(stage_module, "_read_image", dies_at_the_second)
+    monkeypatch.setattr(ImageProposer, "propose", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         generate_proposals(_config(world, tmp_path / "killed"))
     generate_proposals(_config(world, tmp_path / "killed"))
@@ -130,19 +139,6 @@ def test_a_bad_image_stops_the_run_with_its_name_or_is_listed(world, tmp_path):
     assert read_manifest(tmp_path / "goes_on")["metrics"]["num_skipped"] == 1
 
 
-def _part(num_points=2):
-    return ImagePart(
-        proposals=Proposals(
-            boxes=np.array([[0, 1, 2, 3]], np.float32),
-            scores=np.ones(1, np.float32),
-            sources=np.ones(1, np.int32),
-            image_size=(8, 9),
-        ),
-        prompts=_prompts([(i, i) for i in range(num_points)], [0] * num_points, 2),
-        used_tags=("é", "b"),
-    )
-
-
 def _prompts(points, class_ids, source, scores=None):
     num = len(points)
     return PointPrompts(
@@ -153,22 +149,156 @@ def _prompts(points, class_ids, source, scores=None):
     )
 
 
-@pytest.mark.parametrize("num_points", [0, 2])
-def test_a_part_reads_back_as_it_was(tmp_path, num_points):
-    part = _part(num_points)
-    write_part(tmp_path / "1.npz", part)
-    back = read_part(tmp_path / "1.npz", (8, 9))
-    np.testing.assert_array_equal(back.proposals.boxes, part.proposals.boxes)
-    np.testing.assert_array_equal(back.prompts.points, part.prompts.points)
-    assert back.used_tags == part.used_tags
-    assert read_part(tmp_path / "2.npz", (8, 9)) is None
+def test_the_image_is_encoded_once_whatever_the_number_of_prompts(world, monkeypatch):
+    calls = []
+    real = LocalBackend.infer
+
+    async def counted(backend, model, inputs, outputs=None):
+        calls.append(model)
+        return await real(backend, model, inputs, outputs)
+
+    monkeypatch.setattr(LocalBackend, "infer", counted)
+    proposer = ImageProposer(_config(world, world).proposer())
+    part = proposer.propose(proposer.folder.records[0])
+    assert isinstance(part, ImagePart)
+    assert calls.count("sam_image_encoder") == 1
+    assert calls.count("sam_mask_decoder") >= 1
 
 
-def test_a_damaged_part_is_an_error_that_names_it(tmp_path):
-    write_part(tmp_path / "1.npz", _part())
-    (tmp_path / "1.npz").write_bytes((tmp_path / "1.npz").read_bytes()[:-40])
-    with pytest.raises(ArtifactError, match=r"1\.npz is damaged"):
-        read_part(tmp_path / "1.npz", (8, 9))
+@pytest.mark.parametrize("chosen", [("grid",), ("coarse",), ("fine", "cross")])
+def test_only_the_chosen_prompts_are_used(world, tmp_path, chosen):
+    settings = dataclasses.replace(_RECIPE.pipeline.proposals, sources=chosen)
+    pipeline = dataclasses.replace(_RECIPE.pipeline, proposals=settings)
+    proposer = ImageProposer(_config(world, tmp_path, pipeline=pipeline).proposer())
+    part = proposer.propose(proposer.folder.records[0])
+    allowed = {SOURCE_NAMES.index(name) for name in chosen}
+    assert set(part.proposals.sources.tolist()) <= allowed
+    assert set(part.prompts.sources.tolist()) == allowed - {0}
+
+
+def test_published_maps_give_proposals_too(world, tmp_path):
+    config = _config(world, tmp_path, maps="published")
+    generate_proposals(config)
+    assert {entry["image_id"] for entry in _entries(tmp_path)} == {0, 1, 2}
+
+
+def _run(config, *, environment=()):
+    """The command, in a process of its own."""
+    flags = [
+        "--output", config.output, "--data", config.data, "--classifier", config.classifier,
+        "--sam", config.sam, "--num-report-images", 0, "--num-threads", 1,
+        "--recipe.pipeline.proposals.points-per-side", 2,
+        "--recipe.pipeline.proposals.min-side-px", 2,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "training.generate_proposals", *map(str, flags), *environment],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_kill_9_at_any_image_loses_no_finished_one_and_changes_nothing(world, tmp_path):
+    generate_proposals(_config(world, tmp_path / "whole"))
+    output = tmp_path / "killed"
+    process = _run(_config(world, output))
+    watch, end = ShardWatch(output / "shards"), time.monotonic() + 120
+    while watch.count() < 1 and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (shard,) = (output / "shards").iterdir()
+    finished = shard.read_bytes()
+    assert finished.count(b"\n") >= 1, "it was killed after an image"
+    with shard.open("ab") as file:
+        file.write(b'{"image_id":2,"tags":["tr')  # as a kill while writing would leave it
+    generate_proposals(_config(world, output))
+    whole_lines = finished[: finished.rfind(b"\n") + 1]
+    assert shard.read_bytes().startswith(whole_lines)
+    assert _entries(output) == _entries(tmp_path / "whole")
+
+
+def test_shards_of_several_machines_come_together_to_the_same_result(world, tmp_path):
+    generate_proposals(_config(world, tmp_path / "whole"))
+    output = tmp_path / "shared"
+    for shard in ("1/3", "0/3"):
+        generate_proposals(dataclasses.replace(_config(world, output), shard=shard))
+        assert not (output / stage_module.PROPOSALS_NAME).exists(), "not all are done"
+    generate_proposals(dataclasses.replace(_config(world, output), shard="2/3"))
+    assert _entries(output) == _entries(tmp_path / "whole")
+    assert read_manifest(output)["metrics"] == read_manifest(tmp_path / "whole")["metrics"]
+
+
+def test_several_processes_give_the_same_result(world, tmp_path):
+    generate_proposals(_config(world, tmp_path / "whole"))
+    output = tmp_path / "shared"
+    with pytest.raises(KeyboardInterrupt), monkeypatch_context(_dies_after_one()):
+        generate_proposals(_config(world, output))  # one process begins
+    generate_proposals(dataclasses.replace(_config(world, output), num_workers=2))
+    assert _entries(output) == _entries(tmp_path / "whole")
+    assert len(list((output / "shards").iterdir())) == 3
+
+
+@contextlib.contextmanager
+def monkeypatch_context(propose):
+    real = ImageProposer.propose
+    ImageProposer.propose = propose
+    try:
+        yield
+    finally:
+        ImageProposer.propose = real
+
+
+def _dies_after_one():
+    real, seen = ImageProposer.propose, []
+
+    def propose(proposer, record):
+        seen.append(record)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(proposer, record)
+
+    return propose
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_stops_the_run_with_its_reason(world, tmp_path):
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "instances.json").write_bytes((world / "train" / "instances.json").read_bytes())
+    config = dataclasses.replace(_config(world, tmp_path / "out"), data=data, num_workers=2)
+    with pytest.raises(WorkerError, match=r"process \d of 2 .*cannot read .*run again"):
+        generate_proposals(config)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_ray_cluster_of_two_processes_gives_the_same_result(world, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # a busy machine starves its workers
+    generate_proposals(_config(world, tmp_path / "whole"))
+    root = str(Path(__file__).parents[3])
+    paths = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    ray.init(num_cpus=3, include_dashboard=False, runtime_env={"env_vars": paths})
+    try:
+        config = _config(world, tmp_path / "ray")
+        generate_proposals(dataclasses.replace(config, ray="local", num_workers=2))
+    finally:
+        ray.shutdown()
+    assert _entries(tmp_path / "ray") == _entries(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"shard": "2/2"}, "must be below"),
+        ({"shard": "two"}, "a shard is i/n"),
+        ({"shard": "0/2", "num_workers": 2}, "one process"),
+        ({"num_workers": 0}, "at least 1"),
+    ],
+)
+def test_impossible_shares_are_refused(world, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(_config(world, tmp_path), **wrong)
 
 
 def test_the_pointing_game_counts_the_highest_peak_of_each_true_class(world):

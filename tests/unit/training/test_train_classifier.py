@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 import training.train_classifier as stage_module
@@ -15,15 +16,16 @@ from training.evaluation.tag_ap import tag_average_precision
 from training.generate_scenes import GenerateScenesConfig, generate_scenes
 from training.models.vit import VitConfig
 from training.models.vit_adapter import load_classifier
-from training.models.weaktr import WeakTrConfig
+from training.models.weaktr import WeakTrConfig, published_config
 from training.train_classifier import (
     ClassifierRecipe,
     TrainClassifierConfig,
     learning_rate,
     load_tagged_images,
+    make_classifier,
     train_classifier,
-    with_negatives,
 )
+from weaksam_rt.errors import ArtifactError
 
 _RECIPE = ClassifierRecipe(
     model=WeakTrConfig(vit=VitConfig(image_size=32, patch_size=16, dim=8, depth=2, num_heads=2)),
@@ -83,12 +85,25 @@ def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_run(scenes, tmp_p
         assert torch.equal(tensor, killed[name]), name
 
 
-def test_negatives_have_no_tag(scenes):
-    tagged = load_tagged_images(load_coco_folder(scenes / "train"), 32)
-    joined = with_negatives(tagged, tagged.images[:2])
-    assert joined.images.shape == (11, 32, 32, 3)
-    assert (joined.tags[:9] == tagged.tags).all()
+def test_negatives_come_last_and_have_no_tag(scenes):
+    folder = load_coco_folder(scenes / "train")
+    tagged = load_tagged_images(folder, 32)
+    joined = load_tagged_images(folder, 32, negatives=load_coco_folder(scenes / "val", ()))
+    assert joined.images.shape == (12, 32, 32, 3)
+    assert torch.equal(joined.images[:9], tagged.images)
+    assert torch.equal(joined.tags[:9], tagged.tags)
     assert (joined.tags[9:] == 0).all()
+
+
+def test_images_kept_in_a_file_are_those_kept_in_memory(scenes, tmp_path, monkeypatch):
+    folder = load_coco_folder(scenes / "train")
+    expected = load_tagged_images(folder, 32)
+    store = tmp_path / "images.npy"
+    assert torch.equal(load_tagged_images(folder, 32, store=store).images, expected.images)
+    monkeypatch.setattr(stage_module, "_fill", None)  # a whole file is not made again
+    assert torch.equal(load_tagged_images(folder, 32, store=store).images, expected.images)
+    with pytest.raises(ArtifactError, match=r"images\.npy holds .* delete it"):
+        load_tagged_images(folder, 16, store=store)
 
 
 def test_negatives_are_learnt_from(scenes, tmp_path):
@@ -114,6 +129,42 @@ def test_the_rate_warms_up_and_falls_to_zero():
     assert rates[:2] == [0.5, 1.0]
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert rates[20] == pytest.approx(0)
+
+
+def test_the_published_schedule_starts_and_ends_above_zero():
+    recipe = dataclasses.replace(
+        _RECIPE, learning_rate=1e-3, warmup_share=0.5, first_rate=1e-6, last_rate=1e-5
+    )
+    assert learning_rate(0, 20, recipe) == pytest.approx(1e-6 + (1e-3 - 1e-6) / 10)
+    assert learning_rate(9, 20, recipe) == pytest.approx(1e-3)
+    assert learning_rate(20, 20, recipe) == pytest.approx(1e-5)
+
+
+def test_rows_of_a_batch_come_out_as_in_the_whole_batch():
+    images = torch.randint(0, 256, (6, 20, 20, 3), dtype=torch.uint8)
+    config = AugmentConfig(erase=0.5)
+    whole = augment_images(images, 16, config, torch.Generator().manual_seed(4))
+    for rows in (slice(0, 3), slice(3, 6)):
+        part = augment_images(
+            images[rows], 16, config, torch.Generator().manual_seed(4), rows=rows, batch_size=6
+        )
+        assert torch.equal(part, whole[rows])
+
+
+def test_a_timm_backbone_starts_from_a_file(tmp_path):
+    """Nothing is downloaded; the file has one class token, in timm's names."""
+    torch.manual_seed(0)
+    timm_model = timm.create_model("deit_tiny_patch16_224", pretrained=False)
+    torch.save({"model": timm_model.state_dict()}, tmp_path / "deit.pth")
+    model = make_classifier(
+        published_config(), 3, tmp_path / "deit.pth", backbone="deit_tiny_patch16_224"
+    )
+    assert (model.config.vit.dim, model.config.vit.num_heads) == (192, 3)
+    assert not model.config.vit.final_norm
+    torch.testing.assert_close(
+        model.vit.state_dict()["blocks.11.mlp.fc2.weight"],
+        timm_model.state_dict()["blocks.11.mlp.fc2.weight"],
+    )
 
 
 def test_augmentation_changes_images_as_far_as_it_is_told_to():

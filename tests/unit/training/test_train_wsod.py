@@ -11,8 +11,8 @@ from training.data.views import frame_image
 from training.engine.stage import open_stage
 from training.generate_scenes import GenerateScenesConfig, generate_scenes
 from training.models.detector_adapter import decode_boxes
-from training.models.squeezenet import SqueezeNetFeatures
 from training.models.wsod_detector import WsodDetectorConfig
+from training.models.wsod_trunks import WsodTrunk
 from training.train_wsod import (
     WsodRecipe,
     branch_weights,
@@ -72,20 +72,21 @@ def scenes(tmp_path_factory):
     return root
 
 
-def _samples(scenes, recipe):
+def _samples(scenes, recipe, store):
     torch.manual_seed(0)
     folder = load_coco_folder(scenes / "train")
-    return load_samples(folder, scenes / "proposals.json", SqueezeNetFeatures(), recipe)
+    trunk = WsodTrunk(recipe.model.trunk)
+    return load_samples(folder, scenes / "proposals.json", trunk, recipe, store=scenes / store)
 
 
 @pytest.fixture(scope="module")
 def samples(scenes):
-    return _samples(scenes, _RECIPE)
+    return _samples(scenes, _RECIPE, "plain.bin")
 
 
 @pytest.fixture(scope="module")
 def rich_samples(scenes):
-    return _samples(scenes, _EVERYTHING)
+    return _samples(scenes, _EVERYTHING, "rich.bin")
 
 
 def _train(samples, directory, recipe=_RECIPE):
@@ -110,11 +111,11 @@ def test_a_killed_run_ends_where_the_undisturbed_one_does(
     undisturbed = _train(chosen, tmp_path / "a", recipe)
     real_step, steps = stage_module.train_step, []
 
-    def _killed_in_step_3(*arguments):
+    def _killed_in_step_3(*arguments, **rest):
         steps.append(0)
         if len(steps) == 4:
             raise KeyboardInterrupt
-        return real_step(*arguments)
+        return real_step(*arguments, **rest)
 
     monkeypatch.setattr(stage_module, "train_step", _killed_in_step_3)
     with pytest.raises(KeyboardInterrupt):

@@ -20,7 +20,9 @@ from training.models.weaktr import (
     WeakTr,
     WeakTrConfig,
     _pool_by_attention,
+    _pool_by_rank,
     attention_layers,
+    published_config,
     weaktr_loss,
 )
 from weaksam_rt.contracts import vit_classifier_contract
@@ -77,6 +79,84 @@ def test_maps_follow_the_formulas():
     torch.testing.assert_close(output.fine_maps[0].flatten(1), fine)
     torch.testing.assert_close(output.cross_maps[0, 2, 1].flatten(1), attention[5][:3, 3:])
     torch.testing.assert_close(output.class_logits[0], features.class_tokens[0].mean(dim=1))
+
+
+def test_mctformer_maps_follow_the_formulas():
+    """Class attention of the last three layers on the coarse map, patch attention of all layers."""
+    vit = dataclasses.replace(_TOY_VIT, depth=4)
+    model = _toy(config=WeakTrConfig(vit=vit, maps="mctformer"))
+    images = _images(1)
+    output, features = model(images), model.vit(images)
+    heads = features.attentions[0].mean(dim=1)  # [layer, t, t]
+    attention = sum(heads[layer][:3, 3:] for layer in (1, 2, 3)) / 3
+    coarse = torch.relu(model.head(features.patch_tokens))[0].flatten(1)
+    affinity = sum(layer[3:, 3:] for layer in heads)
+    expected = torch.stack([affinity @ row for row in attention * coarse])
+    torch.testing.assert_close(output.fine_maps[0].flatten(1), expected)
+    torch.testing.assert_close(
+        output.cross_maps[0, 2, 1].flatten(1), features.attentions[0, 2, 1, :3, 3:]
+    )
+    plus = _toy(config=WeakTrConfig(vit=vit, maps="mctformer_plus"))(images)
+    rooted = torch.stack([affinity @ row for row in (attention * coarse).sqrt()])
+    torch.testing.assert_close(plus.fine_maps[0].flatten(1), rooted)
+
+
+def test_mctformer_learns_everything_it_has_from_two_losses():
+    config = WeakTrConfig(vit=_TOY_VIT, maps="mctformer", coarse_pool="rank")
+    model = _toy(config=config).train()
+    loss, parts = weaktr_loss(model(_images()), torch.tensor([[1.0, 0, 0], [0, 1, 1]]))
+    loss.backward()
+    assert set(parts) == {"class", "coarse"}
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_the_rank_pool_weighs_each_patch_less_than_the_next_better_one():
+    activation = torch.tensor([[[[1.0, 4.0], [2.0, 3.0]]]])
+    expected = (4 + 3 / 2 + 2 / 4 + 1 / 8) / (1 + 1 / 2 + 1 / 4 + 1 / 8)
+    assert _pool_by_rank(activation, 0.5).item() == pytest.approx(expected)
+    assert _pool_by_rank(activation, 1.0).item() == pytest.approx(2.5)
+
+
+def test_the_published_network_is_a_deit_small_without_a_final_norm():
+    config = published_config()
+    assert (config.vit.dim, config.vit.depth, config.vit.num_heads) == (384, 12, 6)
+    assert (config.gate_reduction, config.gate_pool) == (4, "avg")
+    model = _toy(config=published_config(_TOY_VIT))
+    assert not any(name.startswith("vit.norm.") for name in model.state_dict())
+    tokens = model.vit(_images()).class_tokens
+    torch.testing.assert_close(model(_images()).class_logits, tokens.mean(dim=2))
+    assert tokens.mean(dim=2).std() > 0
+
+
+def test_the_mean_readout_learns_without_the_final_norm_and_hardly_with_it():
+    """The mean of a normed token is the same for all tokens until the norm's own weights differ."""
+    images, tags = _images(), torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+    losses = {}
+    for has_norm in (False, True):
+        config = published_config(_TOY_VIT)
+        vit = dataclasses.replace(config.vit, final_norm=has_norm)
+        model = _toy(config=dataclasses.replace(config, vit=vit)).train()
+        start = model(images).class_logits
+        assert (start.std() < 1e-6) == has_norm
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(30):
+            loss = functional.multilabel_soft_margin_loss(model(images).class_logits, tags)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[has_norm] = loss.item()
+    assert losses[False] < 0.5 * losses[True]
+
+
+def test_positions_are_interpolated_at_the_published_scale():
+    """The scale is that of a map a tenth of a patch larger; cells and their number stay."""
+    vit = _toy(config=published_config(_TOY_VIT)).vit
+    grid = vit.pos_embed[:, 3:].transpose(1, 2).unflatten(2, (4, 4))
+    expected = functional.interpolate(grid, scale_factor=(6.1 / 4, 5.1 / 4), mode="bicubic")
+    found = vit._positions(6, 5)
+    assert torch.equal(found[:, :3], vit.pos_embed[:, :3])
+    torch.testing.assert_close(found[:, 3:], expected.flatten(2).transpose(1, 2))
+    assert torch.equal(vit._positions(4, 4), vit.pos_embed)
 
 
 def test_average_pooling_makes_the_gate_blind_to_the_image_and_maximum_pooling_does_not():
@@ -220,6 +300,7 @@ def test_peaks_come_from_layers_8_and_9_of_12():
         ({"num_heads": 3}, "multiple"),
         ({"drop_path": 1.0}, "drop_path"),
         ({"activation_ranges": (_ranges(),)}, "3 blocks"),
+        ({"activation_ranges": (_ranges(),) * 3, "timm_model": "vit"}, "own blocks"),
     ],
 )
 def test_impossible_sizes_are_refused(wrong, message):
@@ -302,6 +383,18 @@ def test_a_saved_classifier_answers_the_same(tmp_path):
     assert loaded.class_names == ("a", "b", "c")
     assert loaded.model.config == model.config
     torch.testing.assert_close(loaded.model(_images()).fine_maps, model(_images()).fine_maps)
+
+
+def test_class_tokens_without_a_name_are_attended_to_and_not_served(tmp_path):
+    model = _toy()
+    save_classifier(tmp_path / "c.safetensors", model, ("a", "", "c"))
+    loaded = load_classifier(tmp_path / "c.safetensors")
+    assert loaded.class_names == ("a", "c")
+    everything = VitClassifierAdapter(model)(torch.from_numpy(_pixels(2)))
+    served = loaded.served()(torch.from_numpy(_pixels(2)))
+    for all_classes, some in zip(everything[:3], served[:3], strict=True):
+        torch.testing.assert_close(some, all_classes[:, [0, 2]])
+    torch.testing.assert_close(served[3], everything[3][:, :, [0, 2]])
 
 
 def test_a_file_that_holds_no_classifier_is_refused(tmp_path):

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,59 @@ def test_proposals_keep_their_order_and_sources(tmp_path):
     np.testing.assert_array_equal(again[9].sources, proposals.sources)
     np.testing.assert_allclose(again[9].scores, proposals.scores, atol=1e-6)
     assert len(again[5]) == 0
+
+
+def _two_images(tmp_path):
+    boxes = np.array([[0, 0, 4, 4], [1, 1, 9, 9]], np.float32)
+    of = {
+        image_id: Proposals(
+            boxes=boxes[:num],
+            scores=np.ones(num, np.float32),
+            sources=np.ones(num, np.int32),
+            image_size=_SIZE,
+        )
+        for image_id, num in ((5, 2), (9, 1))
+    }
+    write_proposals(tmp_path / "p.json", iter(of.items()))
+    return (tmp_path / "p.json").read_text()
+
+
+def test_each_line_holds_the_proposals_of_one_image(tmp_path):
+    lines = _two_images(tmp_path).splitlines()
+    assert [line.count("image_id") for line in lines] == [2, 1]
+
+
+@pytest.mark.parametrize("layout", [None, 2], ids=["one line", "many lines"])
+def test_proposals_are_read_from_any_layout_of_the_array(tmp_path, layout):
+    content = json.loads(_two_images(tmp_path))
+    assert len(content) == 3
+    (tmp_path / "q.json").write_text(json.dumps(content, indent=layout))
+    ours = read_proposals(tmp_path / "p.json", folder=_FOLDER)
+    other = read_proposals(tmp_path / "q.json", folder=_FOLDER)
+    for image_id, num in ((5, 2), (9, 1)):
+        assert len(ours[image_id]) == num
+        np.testing.assert_array_equal(other[image_id].boxes, ours[image_id].boxes)
+    write_proposals(tmp_path / "empty.json", {})
+    assert all(
+        len(p) == 0 for p in read_proposals(tmp_path / "empty.json", folder=_FOLDER).values()
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"image_id": 6, "bbox": [0, 0, 1, 1], "score": 1}]',
+        '[{"image_id": 5, "bbox": [0, 0, 1, 1], "score": 1},\n{"image_id": 5, "bb',
+        '[{"image_id": 5, "bbox": [0, 0, 1], "score": 1}]',
+        "[{",
+        '{"images": []}',
+        "",
+    ],
+)
+def test_damaged_proposals_are_refused(tmp_path, content):
+    (tmp_path / "p.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"p\.json (has 1 images|is not a COCO results file)"):
+        read_proposals(tmp_path / "p.json", folder=_FOLDER)
 
 
 @pytest.mark.parametrize(

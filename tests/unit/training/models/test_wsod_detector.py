@@ -3,7 +3,6 @@ import dataclasses
 import pytest
 import torch
 
-from training.models.squeezenet import SqueezeNetFeatures
 from training.models.wsod_detector import (
     RoiDescriber,
     RoiDescriptions,
@@ -13,6 +12,7 @@ from training.models.wsod_detector import (
     describe_rois,
     enlarge,
 )
+from training.models.wsod_trunks import WsodTrunk
 from training.train_wsod import WsodRecipe, branch_losses
 from training.wsod.drop_block import DropBlockConfig
 from training.wsod.mil_head import image_loss
@@ -61,24 +61,24 @@ def test_a_description_does_not_depend_on_the_contrast():
 
 def test_both_maps_of_the_trunk_are_described():
     torch.manual_seed(0)
-    describer = RoiDescriber(SqueezeNetFeatures()).eval()
+    describer = RoiDescriber(WsodTrunk("squeezenet")).eval()
     rois = describer(torch.rand(1, 3, 64, 64) * 255, torch.tensor([[8.0, 8.0, 40.0, 56.0]]))
     assert rois.mean_inside.shape == rois.max_inside.shape == rois.mean_around.shape == (1, 1024)
 
 
 def test_what_is_kept_is_described_and_all_of_it_as_without_hiding():
     torch.manual_seed(0)
-    describer = RoiDescriber(SqueezeNetFeatures(), keep_cells=True).eval()
+    describer = RoiDescriber(WsodTrunk("squeezenet"), keep_cells=True).eval()
     boxes = torch.tensor([[8.0, 8.0, 40.0, 56.0], [2.0, 20.0, 60.0, 44.0]])
     rois = describer(torch.rand(1, 3, 64, 64) * 255, boxes)
-    everything = describe_kept_cells(rois, torch.ones(2, 5, 5))
+    everything = describe_kept_cells(rois, torch.ones(2, 5, 5), map_channels=(512, 512))
     for name in ("mean_inside", "max_inside", "mean_around"):
         torch.testing.assert_close(
             getattr(everything, name).float(), getattr(rois, name).float(), atol=0.05, rtol=0.02
         )
     keep = torch.ones(2, 5, 5)
     keep[:, :2] = 0
-    partly = describe_kept_cells(rois, keep)
+    partly = describe_kept_cells(rois, keep, map_channels=(512, 512))
     mean = rois.cells.float()[:, 2:].mean(dim=(1, 2))
     by_map = [torch.nn.functional.layer_norm(part, (512,)) for part in mean.split(512, dim=1)]
     torch.testing.assert_close(partly.mean_inside, torch.cat(by_map, dim=1), atol=1e-3, rtol=1e-3)
@@ -104,7 +104,7 @@ def test_hiding_needs_cells_while_training_and_is_off_at_test_time():
 @pytest.mark.parametrize("method", ["oicr", "mist"])
 @pytest.mark.parametrize("config", [_TOY, _EVERYTHING])
 def test_the_trunk_is_frozen_and_every_other_parameter_learns(config, method):
-    describer = RoiDescriber(SqueezeNetFeatures())
+    describer = RoiDescriber(WsodTrunk("squeezenet"))
     assert not any(parameter.requires_grad for parameter in describer.parameters())
     # Hot draws, because at the published temperature few cells get a gradient.
     soft = dataclasses.replace(config.drop_block, temperature=1.0)
