@@ -45,6 +45,8 @@ from training.retraining.roi_drop import (
 )
 from weaksam_rt.config import DetectionConfig
 from weaksam_rt.errors import ArtifactError
+from weaksam_rt.masks import decode_rle
+from weaksam_rt.types import InstanceMasks
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -167,7 +169,9 @@ def train(
     Raises:
         ValueError: No image has a box.
     """
-    images = load_framed_images(folder, recipe.model.image_size, truth)
+    images = load_framed_images(
+        folder, recipe.model.image_size, truth, with_masks=recipe.model.mask_channels is not None
+    )
     if not images:
         raise ValueError(f"{folder.root}: no image has a box to train on; check the annotations")
     if negatives is not None:
@@ -203,20 +207,24 @@ def train(
 
 
 def load_framed_images(
-    folder: CocoFolder, frame_side: int, truth: CocoFolder | None = None
+    folder: CocoFolder,
+    frame_side: int,
+    truth: CocoFolder | None = None,
+    *,
+    with_masks: bool = False,
 ) -> list[FramedImage]:
     """All images that have a box, in the model frame, without crowd boxes; with the true boxes of
     the same images where ``truth`` is given.
 
     Raises:
-        ValueError: ``truth`` lacks one of the images.
+        ValueError: ``truth`` lacks one of the images, or a box has no mask and masks are wanted.
     """
     of_image = {} if truth is None else {record.image_id: record for record in truth.records}
     images = []
     for record in folder.records:
         if not (~record.is_crowd).any():
             continue
-        framed = _framed(record, frame_side)
+        framed = _framed(record, frame_side, with_masks=with_masks)
         if truth is not None:
             if record.image_id not in of_image:
                 raise ValueError(f"the true boxes lack {record.path.name}; give all images")
@@ -227,19 +235,24 @@ def load_framed_images(
     return images
 
 
-def _framed(record: ImageRecord, frame_side: int) -> FramedImage:
+def _framed(record: ImageRecord, frame_side: int, *, with_masks: bool = False) -> FramedImage:
     return frame_image(
         record.image(),
         record.boxes[~record.is_crowd],
         record.labels[~record.is_crowd],
         frame_side=frame_side,
+        masks=record.masks()[~record.is_crowd] if with_masks else None,
+        name=record.path.name,
     )
 
 
 def load_negatives(folder: CocoFolder, frame_side: int) -> list[FramedImage]:
     """All images in the model frame, without boxes."""
     none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-    return [frame_image(record.image(), *none, frame_side=frame_side) for record in folder.records]
+    return [
+        frame_image(record.image(), *none, frame_side=frame_side, name=record.path.name)
+        for record in folder.records
+    ]
 
 
 def batch_of_step(
@@ -273,6 +286,7 @@ def train_step(
             pixels.permute(0, 3, 1, 2).float(),
             [torch.from_numpy(view.boxes) for view in batch],
             [torch.from_numpy(view.labels) for view in batch],
+            None if model.mask_head is None else [_masks_of(view) for view in batch],
         )
     truth = _truth_of_rois(losses, batch)
     total, scalars = total_loss(losses, recipe.roi_drop, step, num_steps, truth=truth)
@@ -281,6 +295,12 @@ def train_step(
     nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
     optimizer.step()
     return scalars
+
+
+def _masks_of(view: FramedImage) -> Tensor:
+    """[n, s, s]; images of background come without masks and have none."""
+    masks = view.masks or InstanceMasks(rle_counts=(), image_size=view.pixels.shape[:2])
+    return torch.from_numpy(np.ascontiguousarray(decode_rle(masks.rle_counts, masks.image_size)))
 
 
 def _truth_of_rois(losses: DetectorLosses, batch: Sequence[FramedImage]) -> RoiTruth | None:
@@ -300,7 +320,7 @@ def total_loss(
     *,
     truth: RoiTruth | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Sum of the four losses with RoI drop once it has begun, and what to log."""
+    """Sum of the losses with RoI drop once it has begun, and what to log."""
     counts: dict[str, float] = {}
     if roi_drop.is_active(step, num_steps):
         kept = keep_trusted_rois(losses.rois, roi_drop)
@@ -308,7 +328,9 @@ def total_loss(
     else:
         kept = keep_all_rois(losses.rois)
     rois = reduce_roi_losses(losses.rois, kept)
-    total = losses.objectness + losses.rpn_box + rois.classification + rois.regression
+    total = losses.objectness + losses.rpn_box + rois.classification + rois.regression + rois.mask
+    if losses.rois.mask is not None:
+        counts["mask"] = rois.mask.item()
     scalars = {
         "loss": total.item(),
         "objectness": losses.objectness.item(),

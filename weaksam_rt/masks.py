@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from weaksam_rt.preprocessing import ModelFrame, resize_matrix
-from weaksam_rt.types import ImageSize
+from weaksam_rt.types import ImageSize, InstanceMasks
 
 MASK_THRESHOLD = 0.0
 """A pixel with a logit above this is inside."""
@@ -112,6 +112,26 @@ def decode_rle(counts: Sequence[bytes], image_size: ImageSize) -> NDArray[np.boo
         return np.zeros((0, *image_size), dtype=bool)
     rles = [{"counts": c, "size": list(image_size)} for c in counts]
     return coco_mask.decode(rles).transpose(2, 0, 1).astype(bool)
+
+
+def rle_areas(masks: InstanceMasks) -> NDArray[np.float32]:
+    """Pixels of each mask, [n]."""
+    if len(masks) == 0:
+        return np.zeros(0, np.float32)
+    return np.asarray(coco_mask.area(_rles(masks)), dtype=np.float32)
+
+
+def rle_iou(masks: InstanceMasks, others: InstanceMasks) -> NDArray[np.float32]:
+    """IoU of every mask with every other one, [n, m], in [0, 1]; 0 for two empty masks."""
+    if len(masks) == 0 or len(others) == 0:
+        return np.zeros((len(masks), len(others)), np.float32)
+    iou = coco_mask.iou(_rles(masks), _rles(others), [0] * len(others))
+    return np.nan_to_num(np.asarray(iou, dtype=np.float32))
+
+
+def _rles(masks: InstanceMasks) -> list[dict[str, object]]:
+    size = list(masks.image_size)
+    return [{"counts": counts, "size": size} for counts in masks.rle_counts]
 
 
 def _crop_to_valid(low_res_logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.float32]:

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from weaksam_rt.boxes import box_xyxy_from_xywh
+from weaksam_rt.masks import decode_rle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,13 +56,21 @@ class ImageRecord:
 
     def masks(self) -> NDArray[np.bool_]:
         """The instance masks, [n, h, w]; raises ``ValueError`` where the set has none."""
+        return decode_rle(self.rle_counts(), self.image_size)
+
+    @property
+    def has_masks(self) -> bool:
+        """Every instance has its mask, and there is one."""
+        return len(self.segmentations) == len(self.boxes) > 0
+
+    def rle_counts(self) -> tuple[bytes, ...]:
+        """COCO's compressed run lengths of the instance masks; raises like ``masks``."""
         if len(self.segmentations) != len(self.boxes):
             raise ValueError(
-                f"{self.path.name} has boxes but no masks; choose a data set with masks"
+                f"{self.path.name} has {len(self.boxes)} boxes and {len(self.segmentations)} "
+                "masks; choose a data set with a mask for each box"
             )
-        height, width = self.image_size
-        decoded = [_decode(segmentation, height, width) for segmentation in self.segmentations]
-        return np.stack(decoded) if decoded else np.zeros((0, height, width), dtype=bool)
+        return tuple(_rle(segmentation, *self.image_size) for segmentation in self.segmentations)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,11 +145,12 @@ def _record(
     )
 
 
-def _decode(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
+def _rle(segmentation: Any, height: int, width: int) -> bytes:
     if isinstance(segmentation, list):
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
         rle = coco_mask.frPyObjects(segmentation, height, width)
     else:
         rle = segmentation
-    return coco_mask.decode(rle).astype(bool)
+    counts: bytes | str = rle["counts"]
+    return counts.encode() if isinstance(counts, str) else counts
