@@ -53,6 +53,7 @@ _LOGGER = logging.getLogger(__name__)
 WEIGHTS_NAME = "detector.safetensors"
 DETECTIONS_NAME = "detections.json"
 _CHECKPOINT_NAME = "checkpoint.safetensors"
+_MASK_HEAD = "mask_head."
 _FROZEN_LAYERS = ("conv1", "fire2", "fire3", "fire4")
 
 
@@ -84,8 +85,14 @@ class DetectorRecipe:
     """Gradients are scaled down to this norm."""
     freeze_early_trunk: bool = True
     """Leave conv1 to fire4 as pretrained: edges and textures, and half of the time."""
+    only_masks: bool = False
+    """Train the mask head alone, on a detector to start from: its boxes stay as they are."""
     seed: int = 0
     """Of initial weights, order and views."""
+
+    def __post_init__(self) -> None:
+        if self.only_masks and self.model.mask_channels is None:
+            raise ValueError("only_masks needs a mask head; set model.mask_channels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +114,16 @@ class RetrainDetectorConfig:
     """Folder to evaluate on at the end."""
     trunk_weights: Path | None = None
     """Pretrained SqueezeNet 1.0; without it the trunk starts at random and is not frozen."""
+    start_from: Path | None = None
+    """A finished detector (``detector.safetensors``) of the same classes and sizes to go on from,
+    for example to give it a mask head; ``trunk_weights`` are not read then."""
     recipe: DetectorRecipe = field(default_factory=DetectorRecipe)
 
 
 def main(config: RetrainDetectorConfig) -> None:
     """Run the stage."""
     inputs = {"data": config.data}
-    for name in ("annotations", "truth", "negatives", "val", "trunk_weights"):
+    for name in ("annotations", "truth", "negatives", "val", "trunk_weights", "start_from"):
         if (path := getattr(config, name)) is not None:
             inputs[name] = path
     stage = open_stage("retrain_detector", config.output, config=config.recipe, inputs=inputs)
@@ -124,7 +134,10 @@ def main(config: RetrainDetectorConfig) -> None:
     truth = None
     if config.truth is not None:
         truth = load_coco_folder(config.data, folder.class_names, annotations=config.truth)
-    model = train(stage, folder, config.recipe, config.trunk_weights, negatives, truth=truth)
+    start = initial_model(
+        config.recipe, folder.class_names, config.trunk_weights, config.start_from
+    )
+    model = train(stage, folder, config.recipe, start, negatives, truth=truth)
     metadata = {"model": asdict(config.recipe.model), "class_names": folder.class_names}
     save_weights(stage.directory / WEIGHTS_NAME, model.state_dict(), metadata)
     outputs: list[str] = [WEIGHTS_NAME]
@@ -158,13 +171,14 @@ def train(
     stage: Stage,
     folder: CocoFolder,
     recipe: DetectorRecipe,
-    trunk_weights: Path | None,
+    model: FasterRcnn,
     negatives: CocoFolder | None = None,
     *,
     truth: CocoFolder | None = None,
 ) -> FasterRcnn:
-    """Train from the beginning or from the checkpoint in the stage's folder; gives the model in
-    evaluation mode. Of ``negatives`` the images are read and no boxes; ``truth`` only measures.
+    """Train ``model`` (of ``initial_model``) from the beginning or from the checkpoint in the
+    stage's folder; gives it back in evaluation mode. Of ``negatives`` the images are read and no
+    boxes; ``truth`` only measures.
 
     Raises:
         ValueError: No image has a box.
@@ -176,12 +190,6 @@ def train(
         raise ValueError(f"{folder.root}: no image has a box to train on; check the annotations")
     if negatives is not None:
         images += load_negatives(negatives, recipe.model.image_size)
-    torch.manual_seed(recipe.seed)
-    trunk = None if trunk_weights is None else load_imagenet_squeezenet(trunk_weights)
-    model = FasterRcnn(recipe.model, len(folder.class_names), trunk)
-    if recipe.freeze_early_trunk and trunk is not None:
-        for name in _FROZEN_LAYERS:
-            model.trunk.get_submodule(name).requires_grad_(False)
     model = model.to(memory_format=torch.channels_last)
     optimizer = AdamW(parameter_groups(model, recipe), lr=recipe.learning_rate, fused=True)
     checkpoint = stage.directory / _CHECKPOINT_NAME
@@ -204,6 +212,58 @@ def train(
                     checkpoint, modules={"model": model}, optimizer=optimizer, step=step + 1
                 )
     return model.eval()
+
+
+def initial_model(
+    recipe: DetectorRecipe,
+    class_names: tuple[str, ...],
+    trunk_weights: Path | None,
+    start_from: Path | None = None,
+) -> FasterRcnn:
+    """The model before its first step: seeded, with a pretrained trunk where there is one, whose
+    early layers do not learn if the recipe says so.
+
+    Args:
+        recipe: Sizes and seed.
+        class_names: In the order of the labels.
+        trunk_weights: ImageNet weights of SqueezeNet 1.0, or None.
+        start_from: A finished detector whose weights are taken over; a mask head that it lacks
+            starts at random.
+
+    Raises:
+        ValueError: ``start_from`` knows other classes.
+        ArtifactError: ``start_from`` has other sizes.
+    """
+    torch.manual_seed(recipe.seed)
+    trunk = None
+    if trunk_weights is not None and start_from is None:
+        trunk = load_imagenet_squeezenet(trunk_weights)
+    model = FasterRcnn(recipe.model, len(class_names), trunk)
+    if start_from is not None:
+        _take_over_(model, class_names, start_from)
+    if recipe.freeze_early_trunk and (trunk is not None or start_from is not None):
+        for name in _FROZEN_LAYERS:
+            model.trunk.get_submodule(name).requires_grad_(False)
+    if recipe.only_masks:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(_MASK_HEAD))
+    return model
+
+
+def _take_over_(model: FasterRcnn, class_names: tuple[str, ...], start_from: Path) -> None:
+    known = tuple(load_metadata(start_from)["class_names"])
+    if known != class_names:
+        raise ValueError(f"{start_from} knows {list(known)}, the data has {list(class_names)}")
+    try:
+        result = model.load_state_dict(load_weights(start_from), strict=False)
+    except RuntimeError as error:
+        raise ArtifactError(f"{start_from} does not fit the recipe's sizes: {error}") from error
+    lacking = [name for name in result.missing_keys if not name.startswith(_MASK_HEAD)]
+    if lacking or result.unexpected_keys:
+        raise ArtifactError(
+            f"{start_from} does not fit the recipe: it lacks {lacking[:3]} and has "
+            f"{result.unexpected_keys[:3]} too many; choose the recipe that it was trained with"
+        )
 
 
 def load_framed_images(
@@ -291,9 +351,10 @@ def train_step(
     truth = _truth_of_rois(losses, batch)
     total, scalars = total_loss(losses, recipe.roi_drop, step, num_steps, truth=truth)
     optimizer.zero_grad()
-    total.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
-    optimizer.step()
+    if total.requires_grad:  # masks alone learn nothing from a batch without objects
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
+        optimizer.step()
     return scalars
 
 

@@ -32,9 +32,9 @@ class RoiMaskHead(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv2d(wide, channels, 3, padding=1) for wide in widths[:_NUM_CONVS]
         )
-        self.double = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.upsample = nn.ConvTranspose2d(channels, channels, 2, stride=2)
         self.classes = nn.Conv2d(channels, num_classes, 1)
-        for layer in (*self.convs, self.double, self.classes):
+        for layer in (*self.convs, self.upsample, self.classes):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)
 
@@ -42,7 +42,7 @@ class RoiMaskHead(nn.Module):
         """Logits; above 0 is inside."""
         for conv in self.convs:
             cells = functional.relu(conv(cells))
-        logits: Tensor = self.classes(functional.relu(self.double(cells)))
+        logits: Tensor = self.classes(functional.relu(self.upsample(cells)))
         return logits.float()
 
 

@@ -17,6 +17,7 @@ from training.retrain_detector import (
     DetectorRecipe,
     RetrainDetectorConfig,
     batch_of_step,
+    initial_model,
     load_detector,
     load_framed_images,
     load_negatives,
@@ -58,9 +59,13 @@ def _open(directory):
     return open_stage("retrain_detector", directory, config=_RECIPE, inputs={})
 
 
+def _start(folder, recipe=_RECIPE):
+    return initial_model(recipe, folder.class_names, None)
+
+
 def test_a_killed_run_ends_where_the_undisturbed_one_does(scenes, tmp_path, monkeypatch):
     folder = load_coco_folder(scenes / "train")
-    undisturbed = train(_open(tmp_path / "a"), folder, _RECIPE, None)
+    undisturbed = train(_open(tmp_path / "a"), folder, _RECIPE, _start(folder))
     real_step = stage_module.train_step
 
     def _killed_in_step_3(model, optimizer, batch, recipe, step, num_steps):
@@ -70,9 +75,9 @@ def test_a_killed_run_ends_where_the_undisturbed_one_does(scenes, tmp_path, monk
 
     monkeypatch.setattr(stage_module, "train_step", _killed_in_step_3)
     with pytest.raises(KeyboardInterrupt):
-        train(_open(tmp_path / "b"), folder, _RECIPE, None)
+        train(_open(tmp_path / "b"), folder, _RECIPE, _start(folder))
     monkeypatch.undo()
-    resumed = train(_open(tmp_path / "b"), folder, _RECIPE, None)
+    resumed = train(_open(tmp_path / "b"), folder, _RECIPE, _start(folder))
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
 
@@ -145,8 +150,8 @@ def test_every_image_is_seen_once_an_epoch(scenes):
 def test_images_of_background_are_learnt_from_without_boxes(scenes, tmp_path):
     folder, other = load_coco_folder(scenes / "train"), load_coco_folder(scenes / "val")
     assert all(len(image.boxes) == 0 for image in load_negatives(other, 64))
-    plain = train(_open(tmp_path / "a"), folder, _RECIPE, None)
-    with_background = train(_open(tmp_path / "b"), folder, _RECIPE, None, other)
+    plain = train(_open(tmp_path / "a"), folder, _RECIPE, _start(folder))
+    with_background = train(_open(tmp_path / "b"), folder, _RECIPE, _start(folder), other)
     assert not torch.equal(plain.box_head.classes.bias, with_background.box_head.classes.bias)
 
 
@@ -196,4 +201,4 @@ def test_weights_of_another_size_are_refused_by_name(tmp_path):
 def test_a_data_set_without_boxes_is_refused(scenes, tmp_path):
     folder = load_coco_folder(scenes / "train", classes=())
     with pytest.raises(ValueError, match="no image has a box"):
-        train(_open(tmp_path), folder, _RECIPE, None)
+        train(_open(tmp_path), folder, _RECIPE, _start(folder))
