@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from training.data.bad_images import usable_images
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import read_detections
 from training.evaluation.coco_ap import coco_ap
@@ -51,6 +52,8 @@ class EvaluateConfig:
     and in the choice of the best and worst images."""
     num_examples: int = 8
     """Best and worst images in the page, of each so many."""
+    skip_bad: bool = False
+    """Leave unreadable images out, with their objects."""
 
 
 def evaluate(
@@ -220,11 +223,11 @@ def write_report(
 
 def main(config: EvaluateConfig) -> None:
     """Run the command."""
-    folder = load_coco_folder(config.data)
+    loaded = load_coco_folder(config.data)
     report = write_report(
         config.output,
-        folder,
-        read_detections(config.detections, folder=folder),
+        usable_images(loaded, skip_bad=config.skip_bad).folder,
+        read_detections(config.detections, folder=loaded),
         num_pictures=config.num_pictures,
         picture_score_thresh=config.picture_score_thresh,
         num_examples=config.num_examples,

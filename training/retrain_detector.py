@@ -17,6 +17,7 @@ import tyro
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from training.data.bad_images import usable_images
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import write_detections
 from training.data.sampling import epoch_order, repeat_factors
@@ -29,6 +30,7 @@ from training.engine.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from training.engine.loss_guard import LossGuard
 from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
 from training.evaluate import summary, write_report
@@ -118,6 +120,8 @@ class RetrainDetectorConfig:
     """A finished detector (``detector.safetensors``) of the same classes and sizes to go on from,
     for example to give it a mask head; ``trunk_weights`` are not read then."""
     recipe: DetectorRecipe = field(default_factory=DetectorRecipe)
+    skip_bad: bool = False
+    """Leave unreadable images out and list them in the manifest."""
 
 
 def main(config: RetrainDetectorConfig) -> None:
@@ -129,8 +133,14 @@ def main(config: RetrainDetectorConfig) -> None:
     stage = open_stage("retrain_detector", config.output, config=config.recipe, inputs=inputs)
     if stage.finished:
         return
-    folder = load_coco_folder(config.data, annotations=config.annotations)
-    negatives = None if config.negatives is None else load_coco_folder(config.negatives)
+    loaded = load_coco_folder(config.data, annotations=config.annotations)
+    usable = usable_images(loaded, skip_bad=config.skip_bad)
+    folder, skipped = usable.folder, dict(usable.skipped)
+    negatives = None
+    if config.negatives is not None:
+        others = usable_images(load_coco_folder(config.negatives), skip_bad=config.skip_bad)
+        negatives = others.folder
+        skipped |= others.skipped
     truth = None
     if config.truth is not None:
         truth = load_coco_folder(config.data, folder.class_names, annotations=config.truth)
@@ -141,9 +151,12 @@ def main(config: RetrainDetectorConfig) -> None:
     metadata = {"model": asdict(config.recipe.model), "class_names": folder.class_names}
     save_weights(stage.directory / WEIGHTS_NAME, model.state_dict(), metadata)
     outputs: list[str] = [WEIGHTS_NAME]
-    metrics: dict[str, Any] = {"roi_drop": drop_report(stage.metrics())}
+    metrics: dict[str, Any] = {"roi_drop": drop_report(stage.metrics()), "skipped": skipped}
     if config.val is not None:
-        metrics["val"] = _evaluate(stage, model, config.val, folder.class_names, config.recipe)
+        val = load_coco_folder(config.val, classes=folder.class_names)
+        usable = usable_images(val, skip_bad=config.skip_bad)
+        skipped |= usable.skipped
+        metrics["val"] = _evaluate(stage, model, usable.folder, config.recipe)
         outputs.append(DETECTIONS_NAME)
     stage.finish(outputs=outputs, metrics=metrics)
     (stage.directory / _CHECKPOINT_NAME).unlink(missing_ok=True)
@@ -182,6 +195,7 @@ def train(
 
     Raises:
         ValueError: No image has a box.
+        DivergedError: The loss is not finite or grows without end; the last good checkpoint stays.
     """
     images = load_framed_images(
         folder, recipe.model.image_size, truth, with_masks=recipe.model.mask_channels is not None
@@ -197,6 +211,7 @@ def train(
     if checkpoint.exists():
         done, _ = load_checkpoint(checkpoint, modules={"model": model}, optimizer=optimizer)
         _LOGGER.info("resuming after step %d", done)
+    guard = LossGuard(checkpoint)
     steps_per_epoch = -(-len(images) // recipe.batch_size)
     num_steps = recipe.epochs * steps_per_epoch
     model.train()
@@ -205,6 +220,7 @@ def train(
         for step in range(done, num_steps):
             batch = batch_of_step(images, recipe, step)
             scalars = train_step(model, optimizer, batch, recipe, step, num_steps)
+            guard.check(scalars["loss"], step=step, images=[view.name for view in batch])
             stage.log_metrics(step=step, **scalars)
             progress.update(task, advance=1, description=f"loss {scalars['loss']:.3f}")
             if (step + 1) % steps_per_epoch == 0:
@@ -431,20 +447,15 @@ def parameter_groups(model: FasterRcnn, recipe: DetectorRecipe) -> list[dict[str
 
 
 def _evaluate(
-    stage: Stage,
-    model: FasterRcnn,
-    val: Path,
-    class_names: tuple[str, ...],
-    recipe: DetectorRecipe,
+    stage: Stage, model: FasterRcnn, folder: CocoFolder, recipe: DetectorRecipe
 ) -> dict[str, float | None]:
-    folder = load_coco_folder(val, classes=class_names)
     adapter = DetectorAdapter(model).eval()
     detections = detect_folder(
         adapter, folder, image_size=recipe.model.image_size, config=recipe.detection
     )
     write_detections(stage.directory / DETECTIONS_NAME, detections, folder=folder)
     report = summary(write_report(stage.directory, folder, detections))
-    _LOGGER.info("%s: %s", val, report)
+    _LOGGER.info("%s: %s", folder.root, report)
     return report
 
 
