@@ -68,6 +68,7 @@ def detector_exportable(weights: Path) -> Exportable:
         image_size=side,
         num_candidates=adapter.config.num_candidates,
         class_names=class_names,
+        mask_size=adapter.mask_size,
     )
     return Exportable(
         model=DETECTOR,

@@ -19,8 +19,10 @@ from weaksam_rt.types import Detections
 class CandidateModel(Protocol):
     """A ``DetectorAdapter``, or anything of its signature."""
 
-    def __call__(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes [b, d, 4], scores [b, d] and labels [b, d] of uint8 RGB [b, s, s, 3]."""
+    def __call__(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Boxes [b, d, 4], scores [b, d] and labels [b, d] of uint8 RGB [b, s, s, 3], and mask
+        logits [b, d, m, m] where it has a mask head.
+        """
         ...
 
 
@@ -32,7 +34,8 @@ def detect_folder(
     config: DetectionConfig,
     batch_size: int = 4,
 ) -> Mapping[int, Detections]:
-    """Detections of every image by image id, in the frame of the image.
+    """Detections of every image by image id, in the frame of the image, with masks where the model
+    gives some.
 
     Args:
         model: In evaluation mode.
@@ -48,10 +51,11 @@ def detect_folder(
         framed = [resize_for_detector(record.image(), image_size) for record in records]
         with torch.inference_mode():
             outputs = model(torch.from_numpy(np.stack([pixels for pixels, _ in framed])))
-        boxes, scores, labels = (output.numpy() for output in outputs)
+        boxes, scores, labels, *masks = (output.numpy() for output in outputs)
         for index, (record, (_, frame)) in enumerate(zip(records, framed, strict=True)):
             found[record.image_id] = select_detections(
                 boxes[index], scores[index], labels[index], frame,
+                mask_logits=masks[0][index] if masks else None,
                 score_thresh=config.score_thresh, nms_thresh=config.nms_thresh,
                 max_detections=config.max_detections,
             )  # fmt: skip

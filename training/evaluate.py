@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from training.data.bad_images import usable_images
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import read_detections
 from training.evaluation.coco_ap import coco_ap
@@ -28,10 +29,15 @@ from weaksam_rt.types import Detections
 
 _LOGGER = logging.getLogger(__name__)
 
+MASK_IOU_THRESHOLDS = (0.25, 0.5, 0.7, 0.75)
+"""At which average precision of masks is reported."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Compare a COCO results file with the boxes of a data set."""
+    """Compare a COCO results file with the boxes of a data set, and with its masks where both have
+    some.
+    """
 
     data: Path
     """Folder with ``images/`` and ``instances.json``."""
@@ -46,13 +52,16 @@ class EvaluateConfig:
     and in the choice of the best and worst images."""
     num_examples: int = 8
     """Best and worst images in the page, of each so many."""
+    skip_bad: bool = False
+    """Leave unreadable images out, with their objects."""
 
 
 def evaluate(
     folder: CocoFolder, detections: Mapping[int, Detections], *, score_thresh: float = 0.3
 ) -> dict[str, Any]:
     """All metrics of ``detections`` on ``folder`` as JSON values, shares in [0, 1], None if
-    undefined; only the confusion matrix leaves out detections below ``score_thresh``.
+    undefined; only the confusion matrix leaves out detections below ``score_thresh``. ``masks`` is
+    there where all detections and all records with objects have masks.
     """
     ap, correct = voc_ap(folder, detections), corloc(folder, detections)
     coco = coco_ap(folder, detections)
@@ -75,12 +84,48 @@ def evaluate(
         },
         "confusion": confusion_matrix(folder, detections, score_thresh=score_thresh).tolist(),
     }
+    if _have_masks(folder, detections):
+        report["masks"] = evaluate_masks(folder, detections)
     return _without_nan(report)
 
 
-def summary(report: Mapping[str, Any]) -> dict[str, float | None]:
-    """The headline figures of ``evaluate``, for a manifest."""
+def evaluate_masks(folder: CocoFolder, detections: Mapping[int, Detections]) -> dict[str, Any]:
+    """Average precision by the overlap of masks: VOC's at ``MASK_IOU_THRESHOLDS``, and COCO's.
+
+    Raises:
+        ValueError: A record or a detection has no mask.
+
+    Source:
+        The thresholds are those of weakly-supervised instance segmentation on VOC 2012; WeakSAM
+        (arXiv:2402.14812) evaluates by COCO's curve, here it is VOC's (all points).
+    """
+    by_thresh = {
+        _name_of_thresh(thresh): voc_ap(folder, detections, iou_thresh=thresh, shape="mask")
+        for thresh in MASK_IOU_THRESHOLDS
+    }
+    coco = coco_ap(folder, detections, shape="mask")
     return {
+        "voc": {name: ap.mean_all_point for name, ap in by_thresh.items()},
+        "coco": dict(coco.summary),
+        "by_class": {
+            class_name: {
+                **{name: ap.by_class[label].ap_all_point for name, ap in by_thresh.items()},
+                "coco_ap": coco.by_class[label],
+            }
+            for label, class_name in enumerate(folder.class_names)
+        },
+    }
+
+
+def summary(report: Mapping[str, Any]) -> dict[str, float | None]:
+    """The headline figures of ``evaluate``, for a manifest; those of masks where it has some."""
+    masks = report.get("masks")
+    of_masks = {}
+    if masks is not None:
+        of_masks = {f"mask_{name.lower()}": value for name, value in masks["voc"].items()}
+        of_masks["mask_coco_ap"] = masks["coco"]["AP"]
+    return {
+        **of_masks,
         "voc_ap50": report["voc_ap50"],
         "voc_ap50_11_point": report["voc_ap50_11_point"],
         "corloc": report["corloc"],
@@ -118,7 +163,24 @@ def markdown(report: Mapping[str, Any], *, title: str) -> str:
         for name, error in report["errors"].items()
     ]
     header = ["| error | count | AP50 gained without it |", "| --- | --: | --: |"]
-    return "\n".join([*lines, "", f"COCO: {coco}.", "", *header, *errors, ""])
+    masks = _mask_lines(report["masks"]) if "masks" in report else []
+    return "\n".join([*lines, "", f"COCO: {coco}.", "", *masks, *header, *errors, ""])
+
+
+def _mask_lines(masks: Mapping[str, Any]) -> list[str]:
+    names = [*masks["voc"]]
+    rows = [
+        f"| {class_name} | {' | '.join(_percent(row[name]) for name in (*names, 'coco_ap'))} |"
+        for class_name, row in masks["by_class"].items()
+    ]
+    means = [*masks["voc"].values(), masks["coco"]["AP"]]
+    return [
+        f"| class, by masks | {' | '.join(names)} | COCO AP |",
+        f"| --- |{' --: |' * (len(names) + 1)}",
+        *rows,
+        f"| **mean** | {' | '.join(f'**{_percent(value)}**' for value in means)} |",
+        "",
+    ]
 
 
 def write_report(
@@ -161,11 +223,11 @@ def write_report(
 
 def main(config: EvaluateConfig) -> None:
     """Run the command."""
-    folder = load_coco_folder(config.data)
+    loaded = load_coco_folder(config.data)
     report = write_report(
         config.output,
-        folder,
-        read_detections(config.detections, folder=folder),
+        usable_images(loaded, skip_bad=config.skip_bad).folder,
+        read_detections(config.detections, folder=loaded),
         num_pictures=config.num_pictures,
         picture_score_thresh=config.picture_score_thresh,
         num_examples=config.num_examples,
@@ -190,6 +252,20 @@ def _example(
     picture = _picture(record, detections, score_thresh)
     quality = image_quality(record, picture.detections, score_thresh=score_thresh)
     return Example(name=record.path.name, picture=picture, quality=quality)
+
+
+def _have_masks(folder: CocoFolder, detections: Mapping[int, Detections]) -> bool:
+    objects = [record for record in folder.records if len(record.boxes)]
+    found = [of_image for of_image in detections.values() if len(of_image)]
+    return (
+        all(record.has_masks for record in objects)
+        and all(of_image.masks is not None for of_image in found)
+        and bool(objects and found)
+    )
+
+
+def _name_of_thresh(thresh: float) -> str:
+    return f"AP{round(100 * thresh)}"
 
 
 def _percent(value: float | None) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from training.data.bad_images import usable_images
 from training.data.coco import CocoFolder, load_coco_folder
 from training.data.results import read_detections
 from training.engine.stage import open_stage
@@ -61,6 +62,9 @@ class PseudoLabelConfig:
     recipe: PseudoLabelRecipe = field(default_factory=PseudoLabelRecipe)
     num_pictures: int = 25
     """Images on the contact sheet."""
+    skip_bad: bool = False
+    """Leave unreadable images out, here and in all that learns from the result, and list them in
+    the manifest."""
 
 
 def main(config: PseudoLabelConfig) -> None:
@@ -73,12 +77,14 @@ def main(config: PseudoLabelConfig) -> None:
     )
     if stage.finished:
         return
-    folder = load_coco_folder(config.data)
-    detections = read_detections(config.detections, folder=folder)
+    loaded = load_coco_folder(config.data)
+    usable = usable_images(loaded, skip_bad=config.skip_bad)
+    folder = usable.folder
+    detections = read_detections(config.detections, folder=loaded)
     labels = choose(folder, detections, config.recipe)
     write_json(stage.directory / ANNOTATIONS_NAME, coco_annotations(config.data, folder, labels))
     _save_pictures(stage.directory / "pictures.jpg", folder, labels, config.num_pictures)
-    metrics = statistics(folder, labels)
+    metrics = {**statistics(folder, labels), "skipped": usable.skipped}
     _LOGGER.info("%s", json.dumps(metrics, indent=2))
     stage.finish(outputs=[ANNOTATIONS_NAME], metrics=metrics)
 
@@ -121,7 +127,7 @@ def coco_annotations(
                 }
             )
     return {
-        "images": source["images"],
+        "images": [image for image in source["images"] if image["id"] in labels],
         "categories": source["categories"],
         "annotations": annotations,
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 import tyro
 from rich.logging import RichHandler
 
+from training.data.bad_images import usable_images
 from training.data.coco import load_coco_folder
 from training.data.results import write_detections
 from training.detect import detect_folder
@@ -35,6 +36,8 @@ class RelabelConfig:
         default_factory=lambda: DetectionConfig(score_thresh=0.01, nms_thresh=0.3)
     )
     """Thresholds; low, because the pseudo labels are chosen later."""
+    skip_bad: bool = False
+    """Leave unreadable images out and list them in the manifest."""
 
 
 def relabel(config: RelabelConfig) -> None:
@@ -43,7 +46,8 @@ def relabel(config: RelabelConfig) -> None:
     stage = open_stage("relabel", config.output, config=config.detection, inputs=inputs)
     if stage.finished:
         return
-    folder = load_coco_folder(config.data)
+    usable = usable_images(load_coco_folder(config.data), skip_bad=config.skip_bad)
+    folder = usable.folder
     model, class_names = load_detector(config.detector)
     if class_names != folder.class_names:
         raise ValueError(
@@ -56,7 +60,8 @@ def relabel(config: RelabelConfig) -> None:
         config=config.detection,
     )
     write_detections(stage.directory / DETECTIONS_NAME, found, folder=folder)
-    metrics = {"evaluation_only": summary(write_report(stage.directory, folder, found))}
+    report = summary(write_report(stage.directory, folder, found))
+    metrics = {"evaluation_only": report, "skipped": usable.skipped}
     stage.finish(outputs=[DETECTIONS_NAME], metrics=metrics)
 
 

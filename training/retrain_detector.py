@@ -17,6 +17,7 @@ import tyro
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from training.data.bad_images import usable_images
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import write_detections
 from training.data.sampling import epoch_order, repeat_factors
@@ -29,6 +30,7 @@ from training.engine.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from training.engine.loss_guard import LossGuard
 from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
 from training.evaluate import summary, write_report
@@ -45,12 +47,15 @@ from training.retraining.roi_drop import (
 )
 from weaksam_rt.config import DetectionConfig
 from weaksam_rt.errors import ArtifactError
+from weaksam_rt.masks import decode_rle
+from weaksam_rt.types import InstanceMasks
 
 _LOGGER = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "detector.safetensors"
 DETECTIONS_NAME = "detections.json"
 _CHECKPOINT_NAME = "checkpoint.safetensors"
+_MASK_HEAD = "mask_head."
 _FROZEN_LAYERS = ("conv1", "fire2", "fire3", "fire4")
 
 
@@ -82,8 +87,14 @@ class DetectorRecipe:
     """Gradients are scaled down to this norm."""
     freeze_early_trunk: bool = True
     """Leave conv1 to fire4 as pretrained: edges and textures, and half of the time."""
+    only_masks: bool = False
+    """Train the mask head alone, on a detector to start from: its boxes stay as they are."""
     seed: int = 0
     """Of initial weights, order and views."""
+
+    def __post_init__(self) -> None:
+        if self.only_masks and self.model.mask_channels is None:
+            raise ValueError("only_masks needs a mask head; set model.mask_channels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,30 +116,47 @@ class RetrainDetectorConfig:
     """Folder to evaluate on at the end."""
     trunk_weights: Path | None = None
     """Pretrained SqueezeNet 1.0; without it the trunk starts at random and is not frozen."""
+    start_from: Path | None = None
+    """A finished detector (``detector.safetensors``) of the same classes and sizes to go on from,
+    for example to give it a mask head; ``trunk_weights`` are not read then."""
     recipe: DetectorRecipe = field(default_factory=DetectorRecipe)
+    skip_bad: bool = False
+    """Leave unreadable images out and list them in the manifest."""
 
 
 def main(config: RetrainDetectorConfig) -> None:
     """Run the stage."""
     inputs = {"data": config.data}
-    for name in ("annotations", "truth", "negatives", "val", "trunk_weights"):
+    for name in ("annotations", "truth", "negatives", "val", "trunk_weights", "start_from"):
         if (path := getattr(config, name)) is not None:
             inputs[name] = path
     stage = open_stage("retrain_detector", config.output, config=config.recipe, inputs=inputs)
     if stage.finished:
         return
-    folder = load_coco_folder(config.data, annotations=config.annotations)
-    negatives = None if config.negatives is None else load_coco_folder(config.negatives)
+    loaded = load_coco_folder(config.data, annotations=config.annotations)
+    usable = usable_images(loaded, skip_bad=config.skip_bad)
+    folder, skipped = usable.folder, dict(usable.skipped)
+    negatives = None
+    if config.negatives is not None:
+        others = usable_images(load_coco_folder(config.negatives), skip_bad=config.skip_bad)
+        negatives = others.folder
+        skipped |= others.skipped
     truth = None
     if config.truth is not None:
         truth = load_coco_folder(config.data, folder.class_names, annotations=config.truth)
-    model = train(stage, folder, config.recipe, config.trunk_weights, negatives, truth=truth)
+    start = initial_model(
+        config.recipe, folder.class_names, config.trunk_weights, config.start_from
+    )
+    model = train(stage, folder, config.recipe, start, negatives, truth=truth)
     metadata = {"model": asdict(config.recipe.model), "class_names": folder.class_names}
     save_weights(stage.directory / WEIGHTS_NAME, model.state_dict(), metadata)
     outputs: list[str] = [WEIGHTS_NAME]
-    metrics: dict[str, Any] = {"roi_drop": drop_report(stage.metrics())}
+    metrics: dict[str, Any] = {"roi_drop": drop_report(stage.metrics()), "skipped": skipped}
     if config.val is not None:
-        metrics["val"] = _evaluate(stage, model, config.val, folder.class_names, config.recipe)
+        val = load_coco_folder(config.val, classes=folder.class_names)
+        usable = usable_images(val, skip_bad=config.skip_bad)
+        skipped |= usable.skipped
+        metrics["val"] = _evaluate(stage, model, usable.folder, config.recipe)
         outputs.append(DETECTIONS_NAME)
     stage.finish(outputs=outputs, metrics=metrics)
     (stage.directory / _CHECKPOINT_NAME).unlink(missing_ok=True)
@@ -156,28 +184,26 @@ def train(
     stage: Stage,
     folder: CocoFolder,
     recipe: DetectorRecipe,
-    trunk_weights: Path | None,
+    model: FasterRcnn,
     negatives: CocoFolder | None = None,
     *,
     truth: CocoFolder | None = None,
 ) -> FasterRcnn:
-    """Train from the beginning or from the checkpoint in the stage's folder; gives the model in
-    evaluation mode. Of ``negatives`` the images are read and no boxes; ``truth`` only measures.
+    """Train ``model`` (of ``initial_model``) from the beginning or from the checkpoint in the
+    stage's folder; gives it back in evaluation mode. Of ``negatives`` the images are read and no
+    boxes; ``truth`` only measures.
 
     Raises:
         ValueError: No image has a box.
+        DivergedError: The loss is not finite or grows without end; the last good checkpoint stays.
     """
-    images = load_framed_images(folder, recipe.model.image_size, truth)
+    images = load_framed_images(
+        folder, recipe.model.image_size, truth, with_masks=recipe.model.mask_channels is not None
+    )
     if not images:
         raise ValueError(f"{folder.root}: no image has a box to train on; check the annotations")
     if negatives is not None:
         images += load_negatives(negatives, recipe.model.image_size)
-    torch.manual_seed(recipe.seed)
-    trunk = None if trunk_weights is None else load_imagenet_squeezenet(trunk_weights)
-    model = FasterRcnn(recipe.model, len(folder.class_names), trunk)
-    if recipe.freeze_early_trunk and trunk is not None:
-        for name in _FROZEN_LAYERS:
-            model.trunk.get_submodule(name).requires_grad_(False)
     model = model.to(memory_format=torch.channels_last)
     optimizer = AdamW(parameter_groups(model, recipe), lr=recipe.learning_rate, fused=True)
     checkpoint = stage.directory / _CHECKPOINT_NAME
@@ -185,6 +211,7 @@ def train(
     if checkpoint.exists():
         done, _ = load_checkpoint(checkpoint, modules={"model": model}, optimizer=optimizer)
         _LOGGER.info("resuming after step %d", done)
+    guard = LossGuard(checkpoint)
     steps_per_epoch = -(-len(images) // recipe.batch_size)
     num_steps = recipe.epochs * steps_per_epoch
     model.train()
@@ -193,6 +220,7 @@ def train(
         for step in range(done, num_steps):
             batch = batch_of_step(images, recipe, step)
             scalars = train_step(model, optimizer, batch, recipe, step, num_steps)
+            guard.check(scalars["loss"], step=step, images=[view.name for view in batch])
             stage.log_metrics(step=step, **scalars)
             progress.update(task, advance=1, description=f"loss {scalars['loss']:.3f}")
             if (step + 1) % steps_per_epoch == 0:
@@ -202,21 +230,77 @@ def train(
     return model.eval()
 
 
+def initial_model(
+    recipe: DetectorRecipe,
+    class_names: tuple[str, ...],
+    trunk_weights: Path | None,
+    start_from: Path | None = None,
+) -> FasterRcnn:
+    """The model before its first step: seeded, with a pretrained trunk where there is one, whose
+    early layers do not learn if the recipe says so.
+
+    Args:
+        recipe: Sizes and seed.
+        class_names: In the order of the labels.
+        trunk_weights: ImageNet weights of SqueezeNet 1.0, or None.
+        start_from: A finished detector whose weights are taken over; a mask head that it lacks
+            starts at random.
+
+    Raises:
+        ValueError: ``start_from`` knows other classes.
+        ArtifactError: ``start_from`` has other sizes.
+    """
+    torch.manual_seed(recipe.seed)
+    trunk = None
+    if trunk_weights is not None and start_from is None:
+        trunk = load_imagenet_squeezenet(trunk_weights)
+    model = FasterRcnn(recipe.model, len(class_names), trunk)
+    if start_from is not None:
+        _take_over_(model, class_names, start_from)
+    if recipe.freeze_early_trunk and (trunk is not None or start_from is not None):
+        for name in _FROZEN_LAYERS:
+            model.trunk.get_submodule(name).requires_grad_(False)
+    if recipe.only_masks:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(_MASK_HEAD))
+    return model
+
+
+def _take_over_(model: FasterRcnn, class_names: tuple[str, ...], start_from: Path) -> None:
+    known = tuple(load_metadata(start_from)["class_names"])
+    if known != class_names:
+        raise ValueError(f"{start_from} knows {list(known)}, the data has {list(class_names)}")
+    try:
+        result = model.load_state_dict(load_weights(start_from), strict=False)
+    except RuntimeError as error:
+        raise ArtifactError(f"{start_from} does not fit the recipe's sizes: {error}") from error
+    lacking = [name for name in result.missing_keys if not name.startswith(_MASK_HEAD)]
+    if lacking or result.unexpected_keys:
+        raise ArtifactError(
+            f"{start_from} does not fit the recipe: it lacks {lacking[:3]} and has "
+            f"{result.unexpected_keys[:3]} too many; choose the recipe that it was trained with"
+        )
+
+
 def load_framed_images(
-    folder: CocoFolder, frame_side: int, truth: CocoFolder | None = None
+    folder: CocoFolder,
+    frame_side: int,
+    truth: CocoFolder | None = None,
+    *,
+    with_masks: bool = False,
 ) -> list[FramedImage]:
     """All images that have a box, in the model frame, without crowd boxes; with the true boxes of
     the same images where ``truth`` is given.
 
     Raises:
-        ValueError: ``truth`` lacks one of the images.
+        ValueError: ``truth`` lacks one of the images, or a box has no mask and masks are wanted.
     """
     of_image = {} if truth is None else {record.image_id: record for record in truth.records}
     images = []
     for record in folder.records:
         if not (~record.is_crowd).any():
             continue
-        framed = _framed(record, frame_side)
+        framed = _framed(record, frame_side, with_masks=with_masks)
         if truth is not None:
             if record.image_id not in of_image:
                 raise ValueError(f"the true boxes lack {record.path.name}; give all images")
@@ -227,19 +311,24 @@ def load_framed_images(
     return images
 
 
-def _framed(record: ImageRecord, frame_side: int) -> FramedImage:
+def _framed(record: ImageRecord, frame_side: int, *, with_masks: bool = False) -> FramedImage:
     return frame_image(
         record.image(),
         record.boxes[~record.is_crowd],
         record.labels[~record.is_crowd],
         frame_side=frame_side,
+        masks=record.masks()[~record.is_crowd] if with_masks else None,
+        name=record.path.name,
     )
 
 
 def load_negatives(folder: CocoFolder, frame_side: int) -> list[FramedImage]:
     """All images in the model frame, without boxes."""
     none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-    return [frame_image(record.image(), *none, frame_side=frame_side) for record in folder.records]
+    return [
+        frame_image(record.image(), *none, frame_side=frame_side, name=record.path.name)
+        for record in folder.records
+    ]
 
 
 def batch_of_step(
@@ -273,14 +362,22 @@ def train_step(
             pixels.permute(0, 3, 1, 2).float(),
             [torch.from_numpy(view.boxes) for view in batch],
             [torch.from_numpy(view.labels) for view in batch],
+            None if model.mask_head is None else [_masks_of(view) for view in batch],
         )
     truth = _truth_of_rois(losses, batch)
     total, scalars = total_loss(losses, recipe.roi_drop, step, num_steps, truth=truth)
     optimizer.zero_grad()
-    total.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
-    optimizer.step()
+    if total.requires_grad:  # masks alone learn nothing from a batch without objects
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
+        optimizer.step()
     return scalars
+
+
+def _masks_of(view: FramedImage) -> Tensor:
+    """[n, s, s]; images of background come without masks and have none."""
+    masks = view.masks or InstanceMasks(rle_counts=(), image_size=view.pixels.shape[:2])
+    return torch.from_numpy(np.ascontiguousarray(decode_rle(masks.rle_counts, masks.image_size)))
 
 
 def _truth_of_rois(losses: DetectorLosses, batch: Sequence[FramedImage]) -> RoiTruth | None:
@@ -300,7 +397,7 @@ def total_loss(
     *,
     truth: RoiTruth | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Sum of the four losses with RoI drop once it has begun, and what to log."""
+    """Sum of the losses with RoI drop once it has begun, and what to log."""
     counts: dict[str, float] = {}
     if roi_drop.is_active(step, num_steps):
         kept = keep_trusted_rois(losses.rois, roi_drop)
@@ -308,7 +405,9 @@ def total_loss(
     else:
         kept = keep_all_rois(losses.rois)
     rois = reduce_roi_losses(losses.rois, kept)
-    total = losses.objectness + losses.rpn_box + rois.classification + rois.regression
+    total = losses.objectness + losses.rpn_box + rois.classification + rois.regression + rois.mask
+    if losses.rois.mask is not None:
+        counts["mask"] = rois.mask.item()
     scalars = {
         "loss": total.item(),
         "objectness": losses.objectness.item(),
@@ -348,20 +447,15 @@ def parameter_groups(model: FasterRcnn, recipe: DetectorRecipe) -> list[dict[str
 
 
 def _evaluate(
-    stage: Stage,
-    model: FasterRcnn,
-    val: Path,
-    class_names: tuple[str, ...],
-    recipe: DetectorRecipe,
+    stage: Stage, model: FasterRcnn, folder: CocoFolder, recipe: DetectorRecipe
 ) -> dict[str, float | None]:
-    folder = load_coco_folder(val, classes=class_names)
     adapter = DetectorAdapter(model).eval()
     detections = detect_folder(
         adapter, folder, image_size=recipe.model.image_size, config=recipe.detection
     )
     write_detections(stage.directory / DETECTIONS_NAME, detections, folder=folder)
     report = summary(write_report(stage.directory, folder, detections))
-    _LOGGER.info("%s: %s", val, report)
+    _LOGGER.info("%s: %s", folder.root, report)
     return report
 
 

@@ -25,6 +25,8 @@ from training.generate_proposals import (
     ProposalRecipe,
     generate_proposals,
 )
+from training.generate_pseudo_masks import ANNOTATIONS_NAME as MASKS_NAME
+from training.generate_pseudo_masks import PseudoMaskConfig, generate_pseudo_masks
 from training.recipes import RECIPES, ChainRecipe
 from training.relabel import RelabelConfig, relabel
 from training.retraining.roi_drop import RoiDropConfig
@@ -70,6 +72,12 @@ class RunConfig:
     gave the training images."""
     supervised: bool = False
     """Also train the same detector on the true boxes, without RoI drop: the upper bound."""
+    masks: bool = False
+    """Go on to masks: SAM turns the last round's pseudo boxes into pseudo masks, and Mask R-CNN
+    learns from both (instance segmentation from tags). With ``supervised`` also Mask R-CNN on the
+    true masks."""
+    skip_bad: bool = False
+    """Leave unreadable images out and list them in the manifests instead of stopping."""
     measure_drop: bool = False
     """Compare what RoI drop leaves out with the true boxes of ``data``; nothing is learnt from
     them."""
@@ -120,15 +128,47 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
         report["proposals_val"] = read_manifest(val_proposals)["metrics"]
         report["wsod_val"] = _score(config.val, wsod / train_wsod.VAL_DETECTIONS_NAME)
     if config.supervised:
-        # RoI drop distrusts boxes; true ones need none, and the bound should be the highest.
-        trusting = replace(recipe.detector, roi_drop=RoiDropConfig(enabled=False))
-        upper_bound = replace(recipe, detector=trusting)
-        _retrain(config, upper_bound, config.output / "supervised", annotations=None)
+        _retrain(config, _trusting(recipe), config.output / "supervised", annotations=None)
         report["supervised"] = read_manifest(config.output / "supervised")["metrics"]["val"]
         ratio = report["detector"]["voc_ap50"] / max(report["supervised"]["voc_ap50"], 1e-9)
         report["ap50_of_supervised"] = ratio
+    if config.masks:
+        report |= _masks(config, recipe, rounds[-1].pseudo_labels)
     write_json(config.output / "summary.json", report)
     return report
+
+
+def _masks(config: RunConfig, recipe: ChainRecipe, pseudo_labels: Path) -> dict[str, Any]:
+    """Pseudo masks and Mask R-CNN; their part of the summary."""
+    folder = config.output / "pseudo_masks"
+    generate_pseudo_masks(
+        PseudoMaskConfig(
+            data=config.data,
+            annotations=pseudo_labels / generate_pseudo_labels.ANNOTATIONS_NAME,
+            sam=config.sam,
+            output=folder,
+            recipe=recipe.pseudo_masks,
+            skip_bad=config.skip_bad,
+            num_threads=config.num_threads,
+        )
+    )
+    detector = config.output / "mask_rcnn"
+    _retrain(config, recipe.with_masks(), detector, folder / MASKS_NAME)
+    report = {
+        "pseudo_masks": read_manifest(folder)["metrics"],
+        "mask_rcnn": read_manifest(detector)["metrics"]["val"],
+        "mask_rcnn_roi_drop": read_manifest(detector)["metrics"].get("roi_drop"),
+    }
+    if config.supervised:
+        bound = config.output / "supervised_masks"
+        _retrain(config, _trusting(recipe.with_masks()), bound, annotations=None)
+        report["supervised_masks"] = read_manifest(bound)["metrics"]["val"]
+    return report
+
+
+def _trusting(recipe: ChainRecipe) -> ChainRecipe:
+    """RoI drop distrusts boxes; true ones need none, and the bound should be the highest."""
+    return replace(recipe, detector=replace(recipe.detector, roi_drop=RoiDropConfig(enabled=False)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +191,7 @@ def _round(config: RunConfig, recipe: ChainRecipe, detections: Path, suffix: str
             detections=detections,
             output=folders.pseudo_labels,
             recipe=recipe.pseudo_labels,
+            skip_bad=config.skip_bad,
         )
     )
     annotations = folders.pseudo_labels / generate_pseudo_labels.ANNOTATIONS_NAME
@@ -162,7 +203,9 @@ def _relabel(config: RunConfig, detector: Path, suffix: str) -> Path:
     """Detections of a finished detector on the training images."""
     output = config.output / f"relabel{suffix}"
     weights = detector / retrain_detector.WEIGHTS_NAME
-    relabel(RelabelConfig(data=config.data, detector=weights, output=output))
+    relabel(
+        RelabelConfig(data=config.data, detector=weights, output=output, skip_bad=config.skip_bad)
+    )
     return output / retrain_detector.DETECTIONS_NAME
 
 
@@ -217,6 +260,7 @@ def _retrain(
             negatives=config.negatives,
             trunk_weights=config.trunk_weights,
             recipe=recipe.detector,
+            skip_bad=config.skip_bad,
         )
     )
 

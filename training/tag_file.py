@@ -4,6 +4,7 @@ The tag file has one line an image: ``file,tag;tag``. A first line ``file,tags``
 """
 
 import csv
+import logging
 from pathlib import Path
 
 import tyro
@@ -12,6 +13,10 @@ from rich.progress import track
 
 from training.merge_data import link_image
 from weaksam_rt.files import write_json
+
+_LOGGER = logging.getLogger(__name__)
+SKIPPED_NAME = "skipped.json"
+"""Why images were left out, by name."""
 
 
 def read_tag_file(path: Path) -> dict[str, tuple[str, ...]]:
@@ -39,7 +44,12 @@ def read_tag_file(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def write_tagged_folder(
-    images: Path, tags: Path, output: Path, *, classes: tuple[str, ...] | None = None
+    images: Path,
+    tags: Path,
+    output: Path,
+    *,
+    classes: tuple[str, ...] | None = None,
+    skip_bad: bool = False,
 ) -> None:
     """Link the tagged images and write ``instances.json`` with their tags and no boxes.
 
@@ -49,20 +59,30 @@ def write_tagged_folder(
         output: The data set.
         classes: The classes in this order; None: all tags in alphabetical order. Give a validation
             set the classes of its training set.
+        skip_bad: Leave tagged files that are missing or no images out, and list them in
+            ``skipped.json`` beside the data set.
 
     Raises:
-        ValueError: A tagged file is missing or is no image, or a tag is not among ``classes``.
+        ValueError: A tagged file is missing or is no image and ``skip_bad`` is not set, or a tag is
+            not among ``classes``.
     """
     tags_of = read_tag_file(tags)
     seen = sorted({name for names in tags_of.values() for name in names})
     chosen = tuple(seen) if classes is None else classes
     if unknown := [name for name in seen if name not in chosen]:
         raise ValueError(f"{tags} has the tag {unknown[0]!r}; the classes are {list(chosen)}")
-    entries = []
+    entries, skipped = [], {}
     for image_id, (name, names) in enumerate(
         track(tags_of.items(), description="images", transient=True), start=1
     ):
-        height, width = _image_size(images / name)
+        try:
+            height, width = _image_size(images / name)
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            skipped[name] = str(error)
+            _LOGGER.warning("left out: %s", error)
+            continue
         link_image(images / name, output / "images" / name)
         entries.append(
             {
@@ -76,6 +96,8 @@ def write_tagged_folder(
     categories = [{"id": i, "name": name} for i, name in enumerate(chosen, start=1)]
     content = {"images": entries, "annotations": [], "categories": categories}
     write_json(output / "instances.json", content)
+    if skip_bad:
+        write_json(output / SKIPPED_NAME, skipped)
 
 
 def _image_size(path: Path) -> tuple[int, int]:

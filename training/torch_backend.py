@@ -111,27 +111,47 @@ def proposal_models(
     """
     vit = classifier.served()
     vit_parameters = vit.parameters_of_contract(classifier.class_names)
-    side, channels = sam.prompt_encoder.image_embedding_size[0], sam.prompt_encoder.embed_dim
-    sam_parameters = SamParameters(
-        image_size=sam.image_encoder.img_size, embedding_size=side, embedding_dim=channels
-    )
+    sam_parameters = _sam_parameters(sam)
     functions: dict[str, ModelFunction] = {
         VIT_CLASSIFIER: TorchModel(vit, vit_classifier_contract(vit_parameters), device=device),
         PROMPT_CLUSTERING: partial(prompt_clustering_model, config=clustering),
-        SAM_IMAGE_ENCODER: TorchModel(
-            SamImageEncoderAdapter(sam),
-            sam_image_encoder_contract(sam_parameters),
-            device=device,
-            mixed_precision=mixed_precision,
-        ),
-        SAM_MASK_DECODER: TorchModel(
-            SamMaskDecoderAdapter(sam),
-            sam_mask_decoder_contract(sam_parameters),
-            device=device,
-            mixed_precision=mixed_precision,
-        ),
+        **_sam_functions(sam, sam_parameters, device, mixed_precision=mixed_precision),
     }
     return TrainedModels(
         backend=LocalBackend(functions),
         models=PipelineModels(vit_classifier=vit_parameters, sam=sam_parameters),
     )
+
+
+def sam_models(sam: Sam, *, device: str = "cpu", mixed_precision: bool = False) -> TrainedModels:
+    """The models of ``WeakSamPipeline.segment`` alone, in this process; see ``proposal_models``."""
+    parameters = _sam_parameters(sam)
+    functions = _sam_functions(sam, parameters, device, mixed_precision=mixed_precision)
+    return TrainedModels(backend=LocalBackend(functions), models=PipelineModels(sam=parameters))
+
+
+def _sam_parameters(sam: Sam) -> SamParameters:
+    return SamParameters(
+        image_size=sam.image_encoder.img_size,
+        embedding_size=sam.prompt_encoder.image_embedding_size[0],
+        embedding_dim=sam.prompt_encoder.embed_dim,
+    )
+
+
+def _sam_functions(
+    sam: Sam, parameters: SamParameters, device: str, *, mixed_precision: bool
+) -> dict[str, ModelFunction]:
+    return {
+        SAM_IMAGE_ENCODER: TorchModel(
+            SamImageEncoderAdapter(sam),
+            sam_image_encoder_contract(parameters),
+            device=device,
+            mixed_precision=mixed_precision,
+        ),
+        SAM_MASK_DECODER: TorchModel(
+            SamMaskDecoderAdapter(sam),
+            sam_mask_decoder_contract(parameters),
+            device=device,
+            mixed_precision=mixed_precision,
+        ),
+    }

@@ -39,6 +39,7 @@ from training.data.prompt_samples import (
     load_masked_images,
 )
 from training.engine.checkpoint import load_checkpoint, save_checkpoint
+from training.engine.loss_guard import LossGuard
 from training.engine.stage import Stage, open_stage
 from training.models.sam import (
     CompactImageEncoder,
@@ -183,11 +184,13 @@ def main(config: TrainSamConfig) -> None:
             checkpoint, modules=training.modules(), optimizer=training.optimizer
         )
         _LOGGER.info("going on after step %d", done)
+    guard = LossGuard(checkpoint)
     with _progress() as progress:
         task = progress.add_task("train_sam", total=recipe.steps, completed=done)
         for step in range(done, recipe.steps):
-            batch = make_batch(draw_batch(folders, recipe, step))
-            scalars = train_step(training, batch, recipe, step)
+            samples = draw_batch(folders, recipe, step)
+            scalars = train_step(training, make_batch(samples), recipe, step)
+            guard.check(scalars["loss"], step=step, images=[sample.name for sample in samples])
             stage.log_metrics(step=step + 1, **scalars)
             progress.update(task, advance=1, description=f"loss {scalars['loss']:.3f}")
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == recipe.steps:

@@ -3,11 +3,17 @@ opened.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weaksam_rt.contracts import ModelContract, Parameters, engine_contract, parameters_from_json
+from weaksam_rt.contracts import (
+    ModelContract,
+    Parameters,
+    engine_contract,
+    parameters_from_json,
+    parameters_to_json,
+)
 from weaksam_rt.errors import ArtifactError, ContractError
 from weaksam_rt.files import sha256_of_file, write_json
 
@@ -45,7 +51,7 @@ def write_manifest(
         "engine": engine,
         "file": path.name,
         "sha256": sha256_of_file(path),
-        "parameters": asdict(parameters),
+        "parameters": parameters_to_json(parameters),
         "provenance": provenance,
     }
     write_json(path.parent / MANIFEST_NAME, manifest)

@@ -5,7 +5,7 @@ read them from here. Shapes leave out the batch axis; -1 is a size that varies f
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,8 @@ class DetectorParameters:
     num_candidates: int
     """Boxes it always returns, before suppression."""
     class_names: tuple[str, ...]
+    mask_size: int = 0
+    """Side of the mask that it returns for each box; 0: it returns boxes only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +213,16 @@ def _image_input(image_size: int, frame: str) -> TensorSpec:
 def detector_contract(parameters: DetectorParameters) -> ModelContract:
     """Contract of ``detector``: a dense graph; suppression is left to the runtime."""
     candidates = parameters.num_candidates
+    masks: tuple[TensorSpec, ...] = ()
+    if parameters.mask_size:
+        masks = (
+            _tensor(
+                "mask_logits",
+                "FP32",
+                (candidates, parameters.mask_size, parameters.mask_size),
+                "the mask of each box's own class on a grid over the box; above 0 is inside",
+            ),
+        )
     return ModelContract(
         name=DETECTOR,
         description="Detection candidates of letterboxed images, before suppression.",
@@ -219,6 +231,7 @@ def detector_contract(parameters: DetectorParameters) -> ModelContract:
             _tensor("boxes", "FP32", (candidates, 4), "XYXY in pixels of the model frame"),
             _tensor("scores", "FP32", (candidates,), "class probability in [0, 1], descending"),
             _tensor("labels", "INT32", (candidates,), "0-based class, without background"),
+            *masks,
         ),
         max_batch_size=8,
     )
@@ -378,7 +391,13 @@ WEAKSAM_DETECT = ModelContract(
         _tensor(
             "max_detections", "INT32", (1,), "most detections to return, at least 1", optional=True
         ),
-        _tensor("with_masks", "BOOL", (1,), "also prompt SAM with every box", optional=True),
+        _tensor(
+            "with_masks",
+            "BOOL",
+            (1,),
+            "also masks: the detector's own if it has some, else SAM prompted with every box",
+            optional=True,
+        ),
     ),
     outputs=(
         _tensor("boxes", "FP32", (-1, 4), "XYXY in pixels"),
@@ -480,7 +499,8 @@ MEMBERS_OF_PIPELINE = {
     ),
     WEAKSAM_SEGMENT.name: (SAM_IMAGE_ENCODER, SAM_MASK_DECODER),
 }  # fmt: skip
-"""Which models each pipeline calls. ``weaksam_detect`` needs SAM only for masks."""
+"""Which models each pipeline calls. ``weaksam_detect`` needs SAM only for masks, and not even then
+where the detector has masks of its own."""
 
 
 def engine_contract(model: str, parameters: Parameters) -> ModelContract:
@@ -514,6 +534,17 @@ _PARAMETERS_OF_MODEL: dict[str, type[Parameters]] = {
 ENGINE_MODELS = tuple(_PARAMETERS_OF_MODEL)
 
 
+def parameters_to_json(parameters: Parameters) -> dict[str, Any]:
+    """Plain values for a manifest, without what has its default: a model that does not use a newer
+    field is described as ever.
+    """
+    return {
+        field.name: getattr(parameters, field.name)
+        for field in fields(parameters)
+        if getattr(parameters, field.name) != field.default
+    }
+
+
 def parameters_from_json(model: str, content: Mapping[str, Any]) -> Parameters:
     """Typed parameters of ``model`` from a manifest's JSON.
 
@@ -524,7 +555,8 @@ def parameters_from_json(model: str, content: Mapping[str, Any]) -> Parameters:
         raise ContractError(f"no engine model {model!r}; there are {list(ENGINE_MODELS)}")
     kind = _PARAMETERS_OF_MODEL[model]
     wanted = {field.name: field.type for field in fields(kind)}
-    if set(content) != set(wanted):
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    if not required <= set(content) <= set(wanted):
         raise ContractError(f"{model}: parameters {sorted(content)}, expected {sorted(wanted)}")
     values: dict[str, Any] = {}
     for name, value in content.items():

@@ -1,5 +1,6 @@
 """Files that are either whole or absent: atomic writes and content hashes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The disk, the quota or the process's limit is exhausted."""
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -16,6 +20,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     A killed process leaves the old file (or none), never half of the new one. The folder is made
     if needed.
+
+    Raises:
+        OSError: With ``path`` in its message where the disk is full; the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -27,6 +34,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise OSError(
+            error.errno,
+            f"no space left to write {path.name} ({os.strerror(error.errno)}); free some and run "
+            "the same command again: what is finished stays",
+            str(path),
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

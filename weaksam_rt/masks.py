@@ -1,5 +1,6 @@
 """Mask logits to masks, boxes, stability scores and COCO run-length encodings."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,7 +8,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from weaksam_rt.preprocessing import ModelFrame, resize_matrix
-from weaksam_rt.types import ImageSize
+from weaksam_rt.types import ImageSize, InstanceMasks
 
 MASK_THRESHOLD = 0.0
 """A pixel with a logit above this is inside."""
@@ -112,6 +113,65 @@ def decode_rle(counts: Sequence[bytes], image_size: ImageSize) -> NDArray[np.boo
         return np.zeros((0, *image_size), dtype=bool)
     rles = [{"counts": c, "size": list(image_size)} for c in counts]
     return coco_mask.decode(rles).transpose(2, 0, 1).astype(bool)
+
+
+def masks_in_boxes(
+    logits: NDArray[np.float32], boxes: NDArray[np.float32], image_size: ImageSize
+) -> InstanceMasks:
+    """Masks that a detector gives on a grid over each box, in the image.
+
+    Logits are interpolated between the centres of the grid's cells and repeated beyond the outer
+    ones. A pixel whose centre lies outside the box is outside the mask.
+
+    Args:
+        logits: [n, m, m].
+        boxes: [n, 4], XYXY in pixels; may reach beyond the image.
+        image_size: (height, width).
+
+    Source:
+        detectron2's ``paste_masks_in_image``; it interpolates probabilities towards 0 at the
+        border of the box, where this one repeats.
+    """
+    counts: list[bytes] = []
+    for mask_logits, (left, top, right, bottom) in zip(logits, boxes.tolist(), strict=True):
+        rows, along_y = _grid_samples(top, bottom, image_size[0], len(mask_logits))
+        columns, along_x = _grid_samples(left, right, image_size[1], len(mask_logits))
+        mask = np.zeros((1, *image_size), dtype=bool)
+        mask[0, rows, columns] = along_y @ mask_logits @ along_x.T > MASK_THRESHOLD
+        counts += encode_rle(mask)  # one at a time: many full masks would not fit
+    return InstanceMasks(rle_counts=tuple(counts), image_size=image_size)
+
+
+def _grid_samples(
+    low: float, high: float, num_pixels: int, num_cells: int
+) -> tuple[slice, NDArray[np.float32]]:
+    """The pixels whose centres lie in [low, high], and the weights of the cells in each of them."""
+    first, last = (min(max(math.ceil(edge - 0.5), 0), num_pixels) for edge in (low, high))
+    centres = np.arange(first, last) + 0.5
+    positions = (centres - low) / max(high - low, 1e-6) * num_cells - 0.5
+    positions = positions.clip(0, num_cells - 1)
+    weights = 1 - np.abs(positions[:, None] - np.arange(num_cells))
+    return slice(first, last), weights.clip(min=0).astype(np.float32)
+
+
+def rle_areas(masks: InstanceMasks) -> NDArray[np.float32]:
+    """Pixels of each mask, [n]."""
+    if len(masks) == 0:
+        return np.zeros(0, np.float32)
+    return np.asarray(coco_mask.area(_rles(masks)), dtype=np.float32)
+
+
+def rle_iou(masks: InstanceMasks, others: InstanceMasks) -> NDArray[np.float32]:
+    """IoU of every mask with every other one, [n, m], in [0, 1]; 0 for two empty masks."""
+    if len(masks) == 0 or len(others) == 0:
+        return np.zeros((len(masks), len(others)), np.float32)
+    iou = coco_mask.iou(_rles(masks), _rles(others), [0] * len(others))
+    return np.nan_to_num(np.asarray(iou, dtype=np.float32))
+
+
+def _rles(masks: InstanceMasks) -> list[dict[str, object]]:
+    size = list(masks.image_size)
+    return [{"counts": counts, "size": size} for counts in masks.rle_counts]
 
 
 def _crop_to_valid(low_res_logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.float32]:

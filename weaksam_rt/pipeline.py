@@ -4,7 +4,7 @@ serving.
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +24,7 @@ from weaksam_rt.contracts import (
     SamParameters,
     VitClassifierParameters,
     parameters_from_json,
+    parameters_to_json,
 )
 from weaksam_rt.errors import ContractError
 from weaksam_rt.masks import (
@@ -33,6 +34,7 @@ from weaksam_rt.masks import (
     image_logits,
     low_res_stability,
     mask_to_box,
+    masks_in_boxes,
     stability_scores,
 )
 from weaksam_rt.preprocessing import (
@@ -81,7 +83,11 @@ class PipelineModels:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
-        return asdict(self)
+        models = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: None if parameters is None else parameters_to_json(parameters)
+            for name, parameters in models.items()
+        }
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "PipelineModels":
@@ -157,7 +163,8 @@ class WeakSamPipeline:
                 be.
             score_thresh: Lowest score to return, in [0, 1]; None: the configured one.
             max_detections: Most detections to return; None: the configured number.
-            with_masks: Prompt SAM with every box.
+            with_masks: The detector's own masks where it has a mask head, else SAM's, prompted
+                with every box.
 
         Raises:
             ValueError: An argument is out of its range.
@@ -171,20 +178,27 @@ class WeakSamPipeline:
         if limit < 1:
             raise ValueError(f"max_detections must be at least 1, got {limit}")
         detector = self._detector()
-        if with_masks:
+        asks_sam = with_masks and detector.mask_size == 0
+        if asks_sam:
             self._sam()
         pixels, frame = resize_for_detector(image, detector.image_size, image_size=image_size)
-        answer = await self._backend.infer(DETECTOR, {"image": pixels[None]})
+        wanted = ["boxes", "scores", "labels"]
+        if with_masks and detector.mask_size:
+            wanted.append("mask_logits")
+        answer = await self._backend.infer(DETECTOR, {"image": pixels[None]}, wanted)
         detections = select_detections(
             answer["boxes"][0], answer["scores"][0], answer["labels"][0], frame,
+            mask_logits=answer["mask_logits"][0] if "mask_logits" in wanted else None,
             score_thresh=thresh, nms_thresh=config.nms_thresh, max_detections=limit,
         )  # fmt: skip
-        return await self._with_masks(image, detections) if with_masks else detections
+        return await self._with_masks(image, detections) if asks_sam else detections
 
     def longest_side_seen(self, *, with_masks: bool) -> int:
         """The most pixels of an image's longest side that ``detect`` makes use of."""
-        detector = self._detector().image_size
-        return max(detector, self._sam().image_size) if with_masks else detector
+        detector = self._detector()
+        if with_masks and detector.mask_size == 0:
+            return max(detector.image_size, self._sam().image_size)
+        return detector.image_size
 
     async def propose(
         self, image: NDArray[np.uint8], tags: Sequence[str] | None = None
@@ -273,13 +287,8 @@ class WeakSamPipeline:
         if embedded is not None:
             result = await self._full_masks(embedded, prompts, _SINGLE_MASK)
             counts = tuple(prompt_counts[0] for prompt_counts in result.mask_counts)
-        return Detections(
-            boxes=detections.boxes,
-            scores=detections.scores,
-            labels=detections.labels,
-            image_size=detections.image_size,
-            masks=InstanceMasks(rle_counts=counts, image_size=detections.image_size),
-        )
+        masks = InstanceMasks(rle_counts=counts, image_size=detections.image_size)
+        return replace(detections, masks=masks)
 
     # -- prompts -------------------------------------------------------------------------------
 
@@ -415,6 +424,7 @@ def select_detections(
     labels: NDArray[np.int32],
     frame: ModelFrame,
     *,
+    mask_logits: NDArray[np.float32] | None = None,
     score_thresh: float,
     nms_thresh: float,
     max_detections: int,
@@ -426,20 +436,26 @@ def select_detections(
         scores: [d].
         labels: [d], 0-based.
         frame: Where the image lies in the model frame.
+        mask_logits: [d, m, m], a mask on a grid over each box, if the detections shall have masks.
         score_thresh: Lowest score to keep.
         nms_thresh: IoU above which the lesser of two boxes of a class goes.
         max_detections: Most detections to return.
     """
-    in_image = clip_boxes(frame.to_image(boxes), frame.image_size)
+    unclipped = frame.to_image(boxes)
+    in_image = clip_boxes(unclipped, frame.image_size)
     has_area = (in_image[:, 2:] > in_image[:, :2]).all(axis=1)
     candidates = np.flatnonzero((scores >= score_thresh) & has_area)
     kept = batched_nms(in_image[candidates], scores[candidates], labels[candidates], nms_thresh)
     chosen = candidates[kept[:max_detections]]
+    masks = None
+    if mask_logits is not None:
+        masks = masks_in_boxes(mask_logits[chosen], unclipped[chosen], frame.image_size)
     return Detections(
         boxes=in_image[chosen],
         scores=scores[chosen],
         labels=labels[chosen].astype(np.int64),
         image_size=frame.image_size,
+        masks=masks,
     )
 
 

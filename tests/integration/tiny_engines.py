@@ -5,6 +5,7 @@ the box around each, the classifier with their activation maps, SAM with the are
 that of the prompted point.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ CLASS_NAMES = tuple(COLOURS)
 DETECTOR_SIZE = 320
 VIT_SIZE = 64
 SAM_SIZE = 256
+MASK_SIZE = 8
 _PATCH = 16
 
 PARAMETERS: dict[str, Parameters] = {
@@ -55,10 +57,15 @@ def write_tiny_artifacts(folder: Path) -> list[ModelArtifact]:
     return [_write(folder / model, model, parameters) for model, parameters in PARAMETERS.items()]
 
 
+def write_masking_detector(folder: Path) -> ModelArtifact:
+    """The detector with masks of its own: the left half of every box."""
+    return _write(folder, DETECTOR, replace(PARAMETERS[DETECTOR], mask_size=MASK_SIZE))
+
+
 def _write(folder: Path, model: str, parameters: Parameters) -> ModelArtifact:
     graph = _Graph()
     {
-        DETECTOR: _detector,
+        DETECTOR: _masking_detector if getattr(parameters, "mask_size", 0) else _detector,
         VIT_CLASSIFIER: _vit_classifier,
         SAM_IMAGE_ENCODER: _sam_image_encoder,
         SAM_MASK_DECODER: _sam_mask_decoder,
@@ -160,6 +167,14 @@ def _detector(g: _Graph) -> None:
     wide = g.op("Expand", order, g.constant([1, 1, 4], np.int64))
     g.op("GatherElements", boxes, wide, to="boxes", axis=1)
     g.cast("order", TensorProto.INT32, to="labels")
+
+
+def _masking_detector(g: _Graph) -> None:
+    _detector(g)
+    left = np.where(np.arange(MASK_SIZE) < MASK_SIZE // 2, 1, -1) * np.ones((MASK_SIZE, 1))
+    nothing = g.op("Mul", "scores", g.constant(0))
+    wide = g.op("Unsqueeze", nothing, g.constant([2, 3], np.int64))
+    g.op("Add", wide, g.constant(left[None, None]), to="mask_logits")
 
 
 def _vit_classifier(g: _Graph) -> None:

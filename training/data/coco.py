@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from weaksam_rt.boxes import box_xyxy_from_xywh
+from weaksam_rt.masks import decode_rle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,13 +56,21 @@ class ImageRecord:
 
     def masks(self) -> NDArray[np.bool_]:
         """The instance masks, [n, h, w]; raises ``ValueError`` where the set has none."""
+        return decode_rle(self.rle_counts(), self.image_size)
+
+    @property
+    def has_masks(self) -> bool:
+        """Every instance has its mask, and there is one."""
+        return len(self.segmentations) == len(self.boxes) > 0
+
+    def rle_counts(self) -> tuple[bytes, ...]:
+        """COCO's compressed run lengths of the instance masks; raises like ``masks``."""
         if len(self.segmentations) != len(self.boxes):
             raise ValueError(
-                f"{self.path.name} has boxes but no masks; choose a data set with masks"
+                f"{self.path.name} has {len(self.boxes)} boxes and {len(self.segmentations)} "
+                "masks; choose a data set with a mask for each box"
             )
-        height, width = self.image_size
-        decoded = [_decode(segmentation, height, width) for segmentation in self.segmentations]
-        return np.stack(decoded) if decoded else np.zeros((0, height, width), dtype=bool)
+        return tuple(_rle(segmentation, *self.image_size) for segmentation in self.segmentations)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,16 +102,24 @@ def load_coco_folder(
         FileNotFoundError: There is no such folder or file.
         ValueError: A class is not in the file.
     """
-    content = json.loads((annotations or root / "instances.json").read_text())
+    path = annotations or root / "instances.json"
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); write it again") from error
     ids = {c["name"]: c["id"] for c in sorted(content["categories"], key=lambda c: c["id"])}
     names = tuple(ids) if classes is None else classes
     if unknown := set(names) - set(ids):
-        raise ValueError(f"{root} has no class {sorted(unknown)}; it has {list(ids)}")
+        raise ValueError(
+            f"{path} has no class {sorted(unknown)}, it has {list(ids)}; choose the classes among "
+            "them, or annotations that know them"
+        )
     label_of_id = {ids[name]: label for label, name in enumerate(names)}
     of_image = defaultdict(list)
     for annotation in content["annotations"]:
         if annotation["category_id"] in label_of_id:
             of_image[annotation["image_id"]].append(annotation)
+    _check_belonging(path, content)
     label_of_name = {name: label for label, name in enumerate(names)}
     records = tuple(
         _record(root, image, of_image[image["id"]], label_of_id, label_of_name)
@@ -111,6 +128,26 @@ def load_coco_folder(
     return CocoFolder(
         root=root, class_names=names, category_ids=tuple(ids[n] for n in names), records=records
     )
+
+
+def _check_belonging(path: Path, content: dict[str, Any]) -> None:
+    """Every annotation needs its image and its category, every tag its category."""
+    images = {image["id"] for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    names = {category["name"] for category in content["categories"]}
+    for annotation in content["annotations"]:
+        for key, known in (("image_id", images), ("category_id", categories)):
+            if annotation[key] not in known:
+                raise ValueError(
+                    f"{path}: annotation {annotation.get('id')} has {key} {annotation[key]}, which "
+                    "the file does not list; add it, or remove the annotation"
+                )
+    for image in content["images"]:
+        if unknown := set(image.get("tags", ())) - names:
+            raise ValueError(
+                f"{path}: {image['file_name']} has the tag {min(unknown)!r}, which is no category "
+                f"of the file ({sorted(names)}); add it, or remove the tag"
+            )
 
 
 def _record(
@@ -136,11 +173,12 @@ def _record(
     )
 
 
-def _decode(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
+def _rle(segmentation: Any, height: int, width: int) -> bytes:
     if isinstance(segmentation, list):
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
         rle = coco_mask.frPyObjects(segmentation, height, width)
     else:
         rle = segmentation
-    return coco_mask.decode(rle).astype(bool)
+    counts: bytes | str = rle["counts"]
+    return counts.encode() if isinstance(counts, str) else counts

@@ -61,6 +61,8 @@ class MaskedImage:
     """RGB [h, w, 3]."""
     rles: tuple[dict[str, Any], ...]
     """COCO run-length codes at the picture's size, at least one."""
+    name: str = ""
+    """Of the file, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +79,8 @@ class PromptSample:
     """[p, 2, 2]: (x, y) in the frame: a point and a padding point, or two corners."""
     point_labels: NDArray[np.int32]
     """[p, 2]: (1, -1) for a point, (2, 3) for a box."""
+    name: str = ""
+    """Of the picture's file, for messages."""
 
 
 def load_masked_images(root: Path, longest_side: int) -> list[MaskedImage]:
@@ -101,6 +105,7 @@ def masked_image(record: ImageRecord, longest_side: int) -> MaskedImage:
     return MaskedImage(
         image=_resize(record.image(), height, width),
         rles=tuple(coco_mask.encode(np.asfortranarray(m.view(np.uint8))) for m in masks if m.any()),
+        name=record.path.name,
     )
 
 
@@ -137,6 +142,7 @@ def draw_sample(
         coverage=stacked.reshape(num_prompts, half, 2, half, 2).mean(axis=(2, 4)),
         point_coords=np.stack([coords for coords, _ in drawn]),
         point_labels=np.stack([labels for _, labels in drawn]),
+        name=image.name,
     )
 
 

@@ -1,7 +1,8 @@
 """Detections and proposals as COCO results JSON: the file format between the detection stages.
 
-One entry per box: ``image_id``, ``category_id``, ``bbox`` (xywh, pixels), ``score``; proposals have
-``category_id`` 0 and a ``source`` (a value of ``PromptSource``). Images without an entry are
+One entry per box: ``image_id``, ``category_id``, ``bbox`` (xywh, pixels), ``score``, and
+``segmentation`` (run lengths) where there are masks; proposals have ``category_id`` 0 and a
+``source`` (a value of ``PromptSource``). Images without an entry are
 empty, not missing.
 """
 
@@ -18,7 +19,7 @@ from training.data.coco import CocoFolder
 from weaksam_rt.boxes import box_xywh_from_xyxy, box_xyxy_from_xywh
 from weaksam_rt.errors import ArtifactError
 from weaksam_rt.files import atomic_path
-from weaksam_rt.types import Detections, PromptSource, Proposals
+from weaksam_rt.types import Detections, ImageSize, InstanceMasks, PromptSource, Proposals
 
 PROPOSAL_CATEGORY_ID = 0
 """The category id of a class-agnostic box; no class of a data set has it."""
@@ -40,24 +41,38 @@ def write_detections(
     """
     entries = []
     for image_id, found in detections.items():
-        for box_xywh, score, label in zip(
-            _rounded_xywh(found.boxes), found.scores.tolist(), found.labels.tolist(), strict=True
-        ):
-            entries.append(
-                _entry(image_id, folder.category_ids[label], box_xywh, round(score, _SCORE_DIGITS))
+        for index, (box_xywh, score, label) in enumerate(
+            zip(
+                _rounded_xywh(found.boxes),
+                found.scores.tolist(),
+                found.labels.tolist(),
+                strict=True,
             )
+        ):
+            category_id = folder.category_ids[label]
+            entry = _entry(image_id, category_id, box_xywh, round(score, _SCORE_DIGITS))
+            if found.masks is not None:
+                counts = found.masks.rle_counts[index].decode("ascii")
+                entry["segmentation"] = {"size": list(found.image_size), "counts": counts}
+            entries.append(entry)
     _write_entries(path, entries)
 
 
 def read_detections(path: Path, *, folder: CocoFolder) -> dict[int, Detections]:
     """The detections of every image of ``folder``, best score first; empty where the file has none.
+    Where one entry of the file has a mask, all images have masks.
 
     Raises:
-        ArtifactError: The file is damaged, or names an image or category that ``folder`` lacks.
+        ArtifactError: The file is damaged, names an image or category that ``folder`` lacks, or has
+            masks for some of its entries only.
     """
     label_of_id = {category_id: label for label, category_id in enumerate(folder.category_ids)}
     found = {}
-    for image_id, (size, entries) in _entries_by_image(path, folder).items():
+    by_image = _entries_by_image(path, folder)
+    has_masks = any(
+        "segmentation" in entry for _, entries in by_image.values() for entry in entries
+    )
+    for image_id, (size, entries) in by_image.items():
         if unknown := {entry["category_id"] for entry in entries} - set(label_of_id):
             raise ArtifactError(
                 f"{path} has category ids {sorted(unknown)}; {folder.root} has "
@@ -71,6 +86,7 @@ def read_detections(path: Path, *, folder: CocoFolder) -> dict[int, Detections]:
             scores=scores[order],
             labels=labels[order],
             image_size=size,
+            masks=_masks([entries[i] for i in order], size, path) if has_masks else None,
         )
     return found
 
@@ -177,6 +193,17 @@ def _rounded_xywh(boxes: Any) -> list[list[float]]:
 
 def _boxes(entries: list[dict[str, Any]]) -> Any:
     return box_xyxy_from_xywh(np.array([entry["bbox"] for entry in entries], dtype=np.float32))
+
+
+def _masks(entries: list[dict[str, Any]], size: ImageSize, path: Path) -> InstanceMasks:
+    try:
+        counts = tuple(entry["segmentation"]["counts"].encode("ascii") for entry in entries)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{path} has a detection without a mask (compressed run lengths) beside others that "
+            "have one; run the stage that makes it again"
+        ) from error
+    return InstanceMasks(rle_counts=counts, image_size=size)
 
 
 def _write_entries(path: Path, entries: list[dict[str, Any]]) -> None:

@@ -7,7 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weaksam_rt.boxes import box_area, clip_boxes
+from weaksam_rt.masks import decode_rle, encode_rle
 from weaksam_rt.preprocessing import resize_for_detector
+from weaksam_rt.types import InstanceMasks
+
+_INSIDE = 128
+"""Of 255: the least share of a pixel inside a mask that makes it a pixel of the mask."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +41,10 @@ class FramedImage:
     """[n]."""
     truth: TrueBoxes | None = None
     """To measure with, never to learn from; moves with the boxes in random views."""
+    masks: InstanceMasks | None = None
+    """n masks over the frame, run-length coded: thousands of images stay in memory."""
+    name: str = ""
+    """Of the file, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,11 +76,21 @@ def frame_image(
     labels: NDArray[np.int64],
     *,
     frame_side: int,
+    masks: NDArray[np.bool_] | None = None,
+    name: str = "",
 ) -> FramedImage:
-    """Scale an RGB image [h, w, 3] and its boxes (pixels) into the model frame."""
+    """Scale an RGB image [h, w, 3], its boxes (pixels) and masks [n, h, w] into the model frame."""
     pixels, frame = resize_for_detector(image, frame_side)
+    height, width = frame.valid_size
+    scale = np.array([[width / image.shape[1], 0, 0], [0, height / image.shape[0], 0]])
+    framed_masks = None if masks is None else _warp_masks(masks, scale, (height, width), frame_side)
     return FramedImage(
-        pixels=pixels, valid_size=frame.valid_size, boxes=frame.to_model(boxes), labels=labels
+        pixels=pixels,
+        valid_size=frame.valid_size,
+        boxes=frame.to_model(boxes),
+        labels=labels,
+        masks=framed_masks,
+        name=name,
     )
 
 
@@ -98,19 +117,26 @@ def random_view(
     pixels[: size[0], : size[1]] = recolour(
         _warp(framed.pixels[:height, :width], matrix, size), config.max_gain, generator
     )
-    boxes, labels = _visible(
-        _transform_boxes(framed.boxes, matrix), framed.labels, size, config.min_visible
-    )
+    boxes, keep = _visible(_transform_boxes(framed.boxes, matrix), size, config.min_visible)
     truth = None
     if framed.truth is not None:
-        true_boxes, true_labels = _visible(
-            _transform_boxes(framed.truth.boxes, matrix),
-            framed.truth.labels,
-            size,
-            config.min_visible,
+        true_boxes, stays = _visible(
+            _transform_boxes(framed.truth.boxes, matrix), size, config.min_visible
         )
-        truth = TrueBoxes(boxes=true_boxes, labels=true_labels)
-    return FramedImage(pixels=pixels, valid_size=size, boxes=boxes, labels=labels, truth=truth)
+        truth = TrueBoxes(boxes=true_boxes, labels=framed.truth.labels[stays])
+    masks = None
+    if framed.masks is not None:
+        kept = [framed.masks.rle_counts[i] for i in np.flatnonzero(keep)]
+        masks = _warp_masks(decode_rle(kept, framed.masks.image_size), matrix, size, side)
+    return FramedImage(
+        pixels=pixels,
+        valid_size=size,
+        boxes=boxes,
+        labels=framed.labels[keep],
+        truth=truth,
+        masks=masks,
+        name=framed.name,
+    )
 
 
 def recolour(
@@ -130,12 +156,31 @@ def recolour(
 def _warp(
     image: NDArray[np.uint8], matrix: NDArray[np.float64], size: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    # OpenCV's pixel centres are whole numbers, ours lie at .5.
+    return cv2.warpAffine(
+        image, _of_pixels(matrix), size[::-1],
+        flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE,
+    ).astype(np.uint8)  # fmt: skip
+
+
+def _warp_masks(
+    masks: NDArray[np.bool_], matrix: NDArray[np.float64], size: tuple[int, int], side: int
+) -> InstanceMasks:
+    """Masks [n, h, w] moved into a frame of ``side``, whose part of ``size`` shows the image."""
+    warped = np.zeros((len(masks), side, side), dtype=bool)
+    for mask, target in zip(masks, warped, strict=True):
+        soft = cv2.warpAffine(
+            mask.astype(np.uint8) * np.uint8(255), _of_pixels(matrix), size[::-1],
+            flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT,
+        )  # fmt: skip
+        target[: size[0], : size[1]] = soft >= _INSIDE
+    return InstanceMasks(rle_counts=encode_rle(warped), image_size=(side, side))
+
+
+def _of_pixels(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``matrix`` for OpenCV, whose pixel centres are whole numbers; ours lie at .5."""
     shifted = matrix.copy()
     shifted[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5
-    return cv2.warpAffine(
-        image, shifted, size[::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    ).astype(np.uint8)
+    return shifted
 
 
 def _transform_boxes(
@@ -146,14 +191,12 @@ def _transform_boxes(
 
 
 def _visible(
-    boxes: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    size: tuple[int, int],
-    min_visible: float,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    boxes: NDArray[np.float32], size: tuple[int, int], min_visible: float
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The boxes that are to be seen, clipped, and which of all they are."""
     clipped = clip_boxes(boxes, size)
     sides = clipped[:, 2:] - clipped[:, :2]
     keep = (box_area(clipped) >= min_visible * box_area(boxes)) & (
         sides.min(axis=1, initial=1e9) >= 2
     )
-    return clipped[keep], labels[keep]
+    return clipped[keep], keep

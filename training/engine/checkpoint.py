@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weaksam_rt.errors import ArtifactError
+from weaksam_rt.errors import ArtifactError, WeakSamError
 from weaksam_rt.files import atomic_path
 
 _OPTIMIZER = "optimizer"
 _RNG = "rng.torch"
+
+
+class DivergedError(WeakSamError):
+    """Training has gone wrong: a loss or weight is not finite, or the loss grows without end."""
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -26,7 +30,12 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], metadata: Mapping
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()
     }
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"json": json.dumps(dict(metadata))})
+        try:
+            save_file(tensors, temporary, metadata={"json": json.dumps(dict(metadata))})
+        except SafetensorError as error:
+            raise OSError(
+                f"cannot write {path}: {error}; the file before it is untouched"
+            ) from error
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -76,7 +85,13 @@ def save_checkpoint(
         optimizer: Its tensors are stored; its hyper-parameters must be JSON values.
         step: Steps done.
         extra: More JSON state, for example the epoch and the state of a NumPy generator.
+
+    Raises:
+        DivergedError: A weight is not finite; the checkpoint before stays.
+        OSError: It cannot be written, for example because the disk is full; likewise.
     """
+    for name, module in modules.items():
+        _check_finite(module, name, step, path)
     tensors = {
         f"{name}.{key}": value
         for name, module in modules.items()
@@ -129,6 +144,16 @@ def load_checkpoint(
             f"{path} does not fit this model: {error}; delete it to start again"
         ) from error
     return int(metadata["step"]), metadata["extra"]
+
+
+def _check_finite(module: nn.Module, name: str, step: int, path: Path) -> None:
+    for key, value in module.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            before = f"{path} holds the last good one" if path.is_file() else "there is none before"
+            raise DivergedError(
+                f"after {step} steps {name}.{key} has values that are not finite; no checkpoint is "
+                f"written, {before}. Lower the learning rate (in another folder)."
+            )
 
 
 def _match_memory_formats_(optimizer: Optimizer) -> None:

@@ -1,8 +1,8 @@
 """A stage: a folder of outputs with a manifest that says exactly what they were made from.
 
 A finished stage is skipped when its name, config and inputs are unchanged. A folder that holds
-another run is never
-overwritten silently: the error names what differs.
+another run is never overwritten silently: the error names what differs. An option that came later
+and is switched off (None, False, empty) changes nothing.
 """
 
 import dataclasses
@@ -164,13 +164,18 @@ def _check_same_identity(directory: Path, found: dict[str, Any], wanted: dict[st
     differences = [
         f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted(there.keys() | now.keys())
-        if there.get(key) != now.get(key)
+        if _active(there.get(key)) != _active(now.get(key))
     ]
     if differences:
         raise ValueError(
             f"{directory} holds another run ({'; '.join(differences)}); "
             "choose another folder or delete this one"
         )
+
+
+def _active(value: Any) -> Any:
+    """``value``, or None for an option that is switched off; 0 is a value."""
+    return None if value is False or value == [] else value
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""COCO's average precision of boxes, by faster-coco-eval (a drop-in for pycocotools)."""
+"""COCO's average precision of boxes and masks, by faster-coco-eval (a drop-in for pycocotools)."""
 
 import logging
 from collections.abc import Mapping
@@ -9,14 +9,18 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import NDArray
 
-from training.data.coco import CocoFolder
+from training.data.coco import CocoFolder, ImageRecord
+from training.evaluation.voc_ap import Shape
 from weaksam_rt.boxes import box_area, box_xywh_from_xyxy
-from weaksam_rt.types import Detections
+from weaksam_rt.masks import rle_areas
+from weaksam_rt.types import Detections, InstanceMasks
 
 _LOGGER = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 """Parts of ``CocoAp.summary``."""
+
+_COCO_NAMES: Mapping[Shape, str] = {"box": "bbox", "mask": "segm"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,9 +33,15 @@ class CocoAp:
     """AP in [0, 1] in the order of ``CocoFolder.class_names``; nan where no image has the class."""
 
 
-def coco_ap(folder: CocoFolder, detections: Mapping[int, Detections]) -> CocoAp:
-    """COCO AP of ``detections`` (by image id) on ``folder`` and its parts; 0 without detections."""
-    truth, results = coco_truth(folder), coco_results(detections)
+def coco_ap(
+    folder: CocoFolder, detections: Mapping[int, Detections], *, shape: Shape = "box"
+) -> CocoAp:
+    """COCO AP of ``detections`` (by image id) on ``folder`` and its parts; 0 without detections.
+
+    Raises:
+        ValueError: Masks are compared and a record or a detection has none.
+    """
+    truth, results = coco_truth(folder, shape=shape), coco_results(detections, shape=shape)
     if not results:
         occurring = {a["category_id"] for a in truth["annotations"] if not a["iscrowd"]}
         return CocoAp(
@@ -42,7 +52,9 @@ def coco_ap(folder: CocoFolder, detections: Mapping[int, Detections]) -> CocoAp:
             ),
         )
     api = COCO(truth)
-    evaluation = COCOeval_faster(api, api.loadRes(results), "bbox", print_function=_LOGGER.debug)
+    evaluation = COCOeval_faster(
+        api, api.loadRes(results), _COCO_NAMES[shape], print_function=_LOGGER.debug
+    )
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
@@ -64,16 +76,15 @@ def _by_class(precision: NDArray[np.float64]) -> tuple[float, ...]:
     )
 
 
-def coco_truth(folder: CocoFolder) -> dict[str, Any]:
+def coco_truth(folder: CocoFolder, *, shape: Shape = "box") -> dict[str, Any]:
     """``folder`` as a COCO annotation dict with 1-based class positions as category ids.
 
-    Areas, which decide small, medium and large, are those of the boxes.
+    Areas, which decide small, medium and large, are those of the boxes or masks compared.
     """
     annotations: list[dict[str, Any]] = []
     for record in folder.records:
-        for box_xywh, area, label, is_crowd in zip(
-            box_xywh_from_xyxy(record.boxes).astype(np.float64).tolist(),
-            box_area(record.boxes).tolist(),
+        for more, label, is_crowd in zip(
+            _true_boxes(record) if shape == "box" else _true_masks(record),
             record.labels.tolist(),
             record.is_crowd.tolist(),
             strict=True,
@@ -83,9 +94,8 @@ def coco_truth(folder: CocoFolder) -> dict[str, Any]:
                     "id": len(annotations) + 1,
                     "image_id": record.image_id,
                     "category_id": label + 1,
-                    "bbox": box_xywh,
-                    "area": area,
                     "iscrowd": int(is_crowd),
+                    **more,
                 }
             )
     return {
@@ -99,15 +109,56 @@ def coco_truth(folder: CocoFolder) -> dict[str, Any]:
     }
 
 
-def coco_results(detections: Mapping[int, Detections]) -> list[dict[str, Any]]:
+def coco_results(
+    detections: Mapping[int, Detections], *, shape: Shape = "box"
+) -> list[dict[str, Any]]:
     """``detections`` as COCO result entries that fit ``coco_truth``."""
     return [
-        {"image_id": image_id, "category_id": label + 1, "bbox": box_xywh, "score": score}
+        {"image_id": image_id, "category_id": label + 1, "score": score, **more}
         for image_id, found in detections.items()
-        for box_xywh, score, label in zip(
-            box_xywh_from_xyxy(found.boxes).astype(np.float64).tolist(),
-            found.scores.tolist(),
+        for more, label, score in zip(
+            _found_boxes(found) if shape == "box" else _found_masks(image_id, found),
             found.labels.tolist(),
+            found.scores.tolist(),
             strict=True,
         )
     ]
+
+
+def _true_boxes(record: ImageRecord) -> list[dict[str, Any]]:
+    areas = box_area(record.boxes).tolist()
+    return [{"bbox": b, "area": a} for b, a in zip(_xywh(record.boxes), areas, strict=True)]
+
+
+def _true_masks(record: ImageRecord) -> list[dict[str, Any]]:
+    masks = InstanceMasks(rle_counts=record.rle_counts(), image_size=record.image_size)
+    return [
+        {"bbox": box, "area": area, **mask}
+        for box, area, mask in zip(
+            _xywh(record.boxes), rle_areas(masks).tolist(), _segmentations(masks), strict=True
+        )
+    ]
+
+
+def _found_boxes(found: Detections) -> list[dict[str, Any]]:
+    return [{"bbox": box} for box in _xywh(found.boxes)]
+
+
+def _found_masks(image_id: int, found: Detections) -> list[dict[str, Any]]:
+    """Without boxes: an evaluator that finds one takes the box's area for the mask's."""
+    if found.masks is None:
+        raise ValueError(f"the detections of image {image_id} have no masks; detect with masks")
+    return _segmentations(found.masks)
+
+
+def _segmentations(masks: InstanceMasks) -> list[dict[str, Any]]:
+    size = list(masks.image_size)
+    return [
+        {"segmentation": {"size": size, "counts": counts.decode("ascii")}}
+        for counts in masks.rle_counts
+    ]
+
+
+def _xywh(boxes: NDArray[np.float32]) -> list[list[float]]:
+    xywh: list[list[float]] = box_xywh_from_xyxy(boxes).astype(np.float64).tolist()
+    return xywh

@@ -75,6 +75,7 @@ def html_page(
         _headline_table(report),
         "<h2>Classes</h2>",
         _class_table(report),
+        *_mask_parts(report.get("masks")),
         "<h2>Errors</h2>",
         "<p>What is wrong with detections of any score, and by how much AP50 would rise without "
         "it.</p>",
@@ -121,6 +122,23 @@ def _class_table(report: Mapping[str, Any]) -> str:
         for name, row in report["by_class"].items()
     ]
     return _table(header, rows)
+
+
+def _mask_parts(masks: Mapping[str, Any] | None) -> list[str]:
+    if masks is None:
+        return []
+    names = [*masks["voc"]]
+    rows = [
+        [class_name, *(_percent(row[name]) for name in (*names, "coco_ap"))]
+        for class_name, row in masks["by_class"].items()
+    ]
+    means = [*masks["voc"].values(), masks["coco"]["AP"]]
+    rows.append(["mean", *map(_percent, means)])
+    return [
+        "<h2>Masks</h2>",
+        "<p>Average precision where masks, not boxes, overlap by so much.</p>",
+        _table(["class", *names, "COCO AP"], rows),
+    ]
 
 
 def _error_table(report: Mapping[str, Any]) -> str:

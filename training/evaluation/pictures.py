@@ -1,4 +1,4 @@
-"""Contact sheets of images with boxes, to look at what a stage made."""
+"""Contact sheets of images with boxes and masks, to look at what a stage made."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Picture:
     image: NDArray[np.uint8]
     """RGB [h, w, 3]."""
     detections: Detections
-    """Drawn in colour with name and score."""
+    """Drawn in colour with name and score, and with masks where it has some."""
     truth_boxes: NDArray[np.float32]
     """[n, 4], XYXY, drawn thin and white; may be empty."""
 
@@ -50,8 +50,8 @@ def save_contact_sheet(
 
 
 def draw_picture(picture: Picture, *, class_names: Sequence[str], longest_px: int) -> Image.Image:
-    """The image with its boxes, its longer side scaled to ``longest_px``."""
-    image = Image.fromarray(picture.image)
+    """The image with its boxes and masks, its longer side scaled to ``longest_px``."""
+    image = _with_masks(picture)
     scale = longest_px / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     found = picture.detections
@@ -69,3 +69,11 @@ def draw_picture(picture: Picture, *, class_names: Sequence[str], longest_px: in
         if right > left and bottom > top:
             drawing.rectangle((left, top, right, bottom), outline=TRUTH_COLOUR)
     return cell
+
+
+def _with_masks(picture: Picture) -> Image.Image:
+    found = picture.detections
+    if found.masks is None:
+        return Image.fromarray(picture.image)
+    no_boxes = np.zeros((0, 4), np.float32)
+    return draw_instances(picture.image, no_boxes, (), found.labels.tolist(), found.masks)

@@ -1,18 +1,23 @@
 """Average precision as Pascal VOC defines it, per class: the 11-point form of 2007 and the area
 form of 2010.
 
-Knows boxes and scores of a whole data set; reads no files.
+Knows boxes, masks and scores of a whole data set; reads no files.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from training.data.coco import CocoFolder, ImageRecord
 from weaksam_rt.boxes import box_iou
-from weaksam_rt.types import Detections
+from weaksam_rt.masks import rle_iou
+from weaksam_rt.types import Detections, InstanceMasks
+
+Shape = Literal["box", "mask"]
+"""What is compared with the truth."""
 
 WRONG, RIGHT, IGNORED = 0, 1, 2
 """Outcomes of a detection; ignored ones lie on a crowd box."""
@@ -50,25 +55,61 @@ class VocAp:
 
 
 def voc_ap(
-    folder: CocoFolder, detections: Mapping[int, Detections], *, iou_thresh: float = 0.5
+    folder: CocoFolder,
+    detections: Mapping[int, Detections],
+    *,
+    iou_thresh: float = 0.5,
+    shape: Shape = "box",
 ) -> VocAp:
-    """Average precision of ``detections`` against the boxes of ``folder``.
+    """Average precision of ``detections`` against the boxes or masks of ``folder``.
 
     Args:
         folder: Crowd boxes count like VOC's difficult ones: neither to be found nor wrong to find.
         detections: By image id; an absent image has none.
         iou_thresh: In (0, 1]; a detection is right when its IoU with its best true box is at least
             this and no better detection took that box.
+        shape: Whether boxes or masks overlap; with ``mask`` the detections and, where they have
+            objects, the records need masks.
+
+    Raises:
+        ValueError: Masks are compared and a record or a detection has none.
 
     Source:
         VOC development kit, ``VOCevaldet``; differs in that boxes are continuous (no added pixel).
     """
+    overlaps = {
+        record.image_id: overlap(record, detections[record.image_id], shape)
+        for record in folder.records
+        if record.image_id in detections
+    }
     return VocAp(
         by_class=tuple(
-            _class_ap(folder, detections, label, iou_thresh)
+            _class_ap(folder, detections, overlaps, label, iou_thresh)
             for label in range(len(folder.class_names))
         )
     )
+
+
+def overlap(record: ImageRecord, found: Detections, shape: Shape) -> NDArray[np.float32]:
+    """IoU of every detection with every true box or mask, [n, m], in [0, 1]; 0 between classes."""
+    is_same = found.labels[:, None] == record.labels
+    if shape == "box":
+        return np.where(is_same, box_iou(found.boxes, record.boxes), np.float32(0))
+    if found.masks is None:
+        raise ValueError(f"the detections of {record.path.name} have no masks; detect with masks")
+    iou = np.zeros(is_same.shape, np.float32)
+    counts = record.rle_counts()
+    for label in np.unique(found.labels):
+        rows, columns = (
+            np.flatnonzero(labels == label) for labels in (found.labels, record.labels)
+        )
+        truth = InstanceMasks(
+            rle_counts=tuple(counts[i] for i in columns), image_size=record.image_size
+        )
+        of_class = found.take(rows).masks
+        assert of_class is not None
+        iou[np.ix_(rows, columns)] = rle_iou(of_class, truth)
+    return iou
 
 
 def ap_11_point(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> float:
@@ -84,7 +125,11 @@ def ap_all_point(recall: NDArray[np.float64], precision: NDArray[np.float64]) ->
 
 
 def _class_ap(
-    folder: CocoFolder, detections: Mapping[int, Detections], label: int, iou_thresh: float
+    folder: CocoFolder,
+    detections: Mapping[int, Detections],
+    overlaps: Mapping[int, NDArray[np.float32]],
+    label: int,
+    iou_thresh: float,
 ) -> ClassAp:
     scores, outcomes, num_truth = [np.zeros(0)], [np.zeros(0, np.int8)], 0
     for record in folder.records:
@@ -96,7 +141,7 @@ def _class_ap(
         members = np.flatnonzero(found.labels == label)
         members = members[np.argsort(-found.scores[members], kind="stable")]
         scores.append(found.scores[members].astype(np.float64))
-        iou = box_iou(found.boxes[members], record.boxes[of_class])
+        iou = overlaps[record.image_id][np.ix_(members, np.flatnonzero(of_class))]
         outcomes.append(match_detections(iou, record.is_crowd[of_class], iou_thresh))
     order = np.argsort(-np.concatenate(scores), kind="stable")
     outcome = np.concatenate(outcomes)[order]

@@ -14,9 +14,12 @@ from torch.nn import functional
 
 from training.retraining.faster_rcnn import (
     BOX_WEIGHTS,
+    DetectorFeatures,
     FasterRcnn,
+    pool_all_masks,
     pool_all_rois,
 )
+from training.retraining.mask_head import MASK_SIZE, RoiMaskHead
 
 _MAX_LOG_SCALE = math.log(1000 / 16)
 """Bound on decoded log sizes, torchvision's."""
@@ -55,9 +58,20 @@ class DetectorAdapter(nn.Module):
 
     anchors: Tensor
 
+    @property
+    def mask_size(self) -> int:
+        """Side of the masks; 0 without a mask head."""
+        return 0 if self.model.mask_head is None else MASK_SIZE
+
     def forward(
         self, image: UInt8[Tensor, "b s s 3"]
-    ) -> tuple[Float[Tensor, "b d 4"], Float[Tensor, "b d"], Int32[Tensor, "b d"]]:
+    ) -> (
+        tuple[Float[Tensor, "b d 4"], Float[Tensor, "b d"], Int32[Tensor, "b d"]]
+        | tuple[
+            Float[Tensor, "b d 4"], Float[Tensor, "b d"], Int32[Tensor, "b d"],
+            Float[Tensor, "b d m m"],
+        ]
+    ):  # fmt: skip
         """Candidates of each image, best score first.
 
         Args:
@@ -65,7 +79,8 @@ class DetectorAdapter(nn.Module):
 
         Returns:
             Boxes XYXY in the model frame and inside it, scores in [0, 1], 0-based labels. A box
-            may come with several labels, and boxes overlap: suppress per label.
+            may come with several labels, and boxes overlap: suppress per label. With a mask head
+            also the logits of each box's mask of its own class, on a grid over the box.
         """
         features = self.model.features(image.permute(0, 3, 1, 2).float())
         rois = self._propose(features.levels)  # [b, k, 4]
@@ -80,7 +95,18 @@ class DetectorAdapter(nn.Module):
         best, index = scores.flatten(1).topk(self.config.num_candidates, dim=1)
         boxes = self._clip(boxes.flatten(1, 2).gather(1, index[:, :, None].expand(-1, -1, 4)))
         labels = index % self.model.num_classes
-        return boxes, best, labels.int()
+        if self.model.mask_head is None:
+            return boxes, best, labels.int()
+        masks = self._masks(self.model.mask_head, features, boxes, labels)
+        return boxes, best, labels.int(), masks
+
+    def _masks(
+        self, head: RoiMaskHead, features: DetectorFeatures, boxes: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Mask logits of each box's own class, [b, d, m, m]."""
+        logits = head(pool_all_masks(features, boxes)).unflatten(0, boxes.shape[:2])
+        own = labels[:, :, None, None, None].expand(-1, -1, 1, MASK_SIZE, MASK_SIZE)
+        return logits.gather(2, own)[:, :, 0]
 
     def _propose(self, levels: tuple[Tensor, ...]) -> Tensor:
         """The most object-like RPN boxes, [b, k, 4]."""

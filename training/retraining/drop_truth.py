@@ -25,6 +25,13 @@ class RoiTruth:
     box_is_wrong: Bool[Tensor, " r"]
     """The RoI is foreground, and its pseudo box is not on a true box of its class."""
 
+    @property
+    def mask_is_wrong(self) -> Bool[Tensor, " r"]:
+        """The RoI is foreground, and the object that its mask was made for is not there: decided
+        by the boxes, not by the masks themselves.
+        """
+        return self.box_is_wrong
+
 
 def judge_rois(
     sampled: SampledRois, truth: Sequence[TrueBoxes], *, iou_thresh: float = 0.5
@@ -60,7 +67,7 @@ def judge_rois(
 def drop_counts(losses: RoiLosses, kept: KeptRois, truth: RoiTruth | None) -> dict[str, float]:
     """Counts of one step for the log; their sums over steps make ``drop_report``.
 
-    The regression counts are of foreground RoIs: background has no box to learn.
+    The counts of regression and masks are of foreground RoIs: background has neither to learn.
     """
     foreground = losses.is_foreground
     dropped_labels, dropped_boxes = ~kept.classification, ~kept.regression & foreground
@@ -77,6 +84,12 @@ def drop_counts(losses: RoiLosses, kept: KeptRois, truth: RoiTruth | None) -> di
             "num_dropped_wrong_classification": _count(dropped_labels & truth.label_is_wrong),
             "num_dropped_wrong_regression": _count(dropped_boxes & truth.box_is_wrong),
         }
+    if losses.mask is not None:
+        dropped_masks = ~kept.mask & foreground
+        counts["num_dropped_mask"] = _count(dropped_masks)
+        if truth is not None:
+            counts["num_wrong_mask"] = _count(truth.mask_is_wrong)
+            counts["num_dropped_wrong_mask"] = _count(dropped_masks & truth.mask_is_wrong)
     return counts
 
 
@@ -87,17 +100,20 @@ def drop_report(steps: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
         steps: The logged scalars of each step; those without counts are passed over.
 
     Returns:
-        For classification and regression: how many RoIs could be dropped and how many were, and
-        ``evaluation_only``: ``precision``, the share of dropped RoIs that were wrong; ``recall``,
-        the share of wrong RoIs that were dropped; ``wrong_share``, the share of wrong ones among
-        all, which is the precision of dropping blindly. Shares are in [0, 1], None where undefined;
-        the part is None where no truth was given.
+        For classification, regression and, with a mask head, masks: how many RoIs could be dropped
+        and how many were, and ``evaluation_only``: ``precision``, the share of dropped RoIs that
+        were wrong; ``recall``, the share of wrong RoIs that were dropped; ``wrong_share``, the
+        share of wrong ones among all, which is the precision of dropping blindly. Shares are in
+        [0, 1], None where undefined; the part is None where no truth was given.
     """
     active = [step for step in steps if "num_rois" in step]
     if not active:
         return None
     report: dict[str, Any] = {"num_steps": len(active)}
-    for part, population in (("classification", "num_rois"), ("regression", "num_foreground")):
+    populations = {"classification": "num_rois", "regression": "num_foreground"}
+    if all("num_dropped_mask" in step for step in active):
+        populations["mask"] = "num_foreground"
+    for part, population in populations.items():
         num_rois = sum(int(step[population]) for step in active)
         num_dropped = sum(int(step[f"num_dropped_{part}"]) for step in active)
         comparison = None

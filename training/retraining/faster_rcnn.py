@@ -1,4 +1,5 @@
-"""A small Faster R-CNN: SqueezeNet trunk, feature pyramid, torchvision's RPN and RoI sampling.
+"""A small Faster R-CNN, with a mask head if wanted Mask R-CNN: SqueezeNet trunk, feature pyramid,
+torchvision's RPN and RoI sampling.
 
 It knows images and boxes of the model frame (a square; padding at the right and bottom). It gives
 per-RoI losses to the training loop; inference goes through ``training.models.detector_adapter``,
@@ -6,10 +7,10 @@ so that what is measured is what is deployed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -20,6 +21,12 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from training.models.roi_pooling import ROI_SIZE, pool_rois
 from training.models.squeezenet import PIXEL_MEAN, PIXEL_STD, SqueezeNetFeatures
+from training.retraining.mask_head import (
+    MASK_ROI_SIZE,
+    RoiMaskHead,
+    mask_losses,
+    mask_targets,
+)
 from training.retraining.roi_drop import RoiLosses
 
 STRIDES = (8, 16, 32)
@@ -57,6 +64,8 @@ class FasterRcnnConfig:
     """Highest share of foreground among them, in (0, 1]."""
     proposals_per_image: int = 300
     """RPN boxes kept after suppression while training."""
+    mask_channels: int | None = None
+    """Width of the mask head, above 0; None: boxes only."""
 
     def __post_init__(self) -> None:
         if self.image_size % 32 or self.neck_channels % 16 or self.roi_channels % 16:
@@ -68,6 +77,8 @@ class FasterRcnnConfig:
             raise ValueError(
                 f"anchor_sizes needs {len(STRIDES)} levels of equal length, got {self.anchor_sizes}"
             )
+        if self.mask_channels is not None and self.mask_channels < 1:
+            raise ValueError(f"mask_channels must be positive or None, got {self.mask_channels}")
 
     @property
     def anchors_per_cell(self) -> int:
@@ -232,6 +243,9 @@ class FasterRcnn(nn.Module):
             nms_thresh=0.7,
         )  # fmt: skip
         self.box_head = RoiBoxHead(config, num_classes, self.trunk.out_channels[2])
+        self.mask_head: RoiMaskHead | None = None
+        if config.mask_channels is not None:
+            self.mask_head = RoiMaskHead(config.roi_channels, config.mask_channels, num_classes)
         self._sampler = _RoiSampler(config)
         self.register_buffer("pixel_mean", _per_channel(PIXEL_MEAN), persistent=False)
         self.register_buffer("pixel_std", _per_channel(PIXEL_STD), persistent=False)
@@ -256,6 +270,7 @@ class FasterRcnn(nn.Module):
         images: Float[Tensor, "b 3 s s"],
         boxes: Sequence[Float[Tensor, "_ 4"]],
         labels: Sequence[Int64[Tensor, " _"]],
+        masks: Sequence[Bool[Tensor, "_ s s"]] | None = None,
     ) -> DetectorLosses:
         """Losses of one batch.
 
@@ -263,6 +278,11 @@ class FasterRcnn(nn.Module):
             images: RGB in [0, 255], padded with zeros.
             boxes: By image: XYXY in the model frame, may be empty.
             labels: By image: 0-based classes.
+            masks: By image: one mask per box, over the model frame; a model with a mask head
+                needs them, another one does not read them.
+
+        Raises:
+            ValueError: The model has a mask head and there are no masks.
         """
         side = images.shape[-1]
         features = self.features(images)
@@ -272,14 +292,43 @@ class FasterRcnn(nn.Module):
             {str(stride): level for stride, level in zip(STRIDES, features.levels, strict=True)},
             targets,
         )
-        sampled, roi_targets = self._sampler.sample(proposals, targets)
+        samples = self._sampler.sample(proposals, targets)
+        sampled = samples.rois
         logits, offsets = self.box_head(pool_sampled_rois(features, sampled.boxes))
+        rois = roi_losses(logits, offsets, sampled.labels, samples.encoded)
+        if self.mask_head is not None:
+            rois = replace(rois, mask=self._mask_losses(self.mask_head, features, samples, masks))
         return DetectorLosses(
             objectness=rpn_losses["loss_objectness"],
             rpn_box=rpn_losses["loss_rpn_box_reg"],
-            rois=roi_losses(logits, offsets, sampled.labels, roi_targets),
+            rois=rois,
             sampled=sampled,
         )
+
+    def _mask_losses(
+        self,
+        head: RoiMaskHead,
+        features: DetectorFeatures,
+        samples: "_Samples",
+        masks: Sequence[Bool[Tensor, "_ s s"]] | None,
+    ) -> Float[Tensor, " r"]:
+        """Of every sampled RoI; 0 for background, whose masks are not computed."""
+        if masks is None:
+            raise ValueError("the model has a mask head; give the masks of the boxes to learn from")
+        rois = samples.rois
+        is_foreground = (rois.labels > 0).split([len(boxes) for boxes in rois.boxes])
+        boxes = [b[f] for b, f in zip(rois.boxes, is_foreground, strict=True)]
+        matches = [m[f] for m, f in zip(samples.matches, is_foreground, strict=True)]
+        losses = features.roi_map.new_zeros(len(rois.labels), dtype=torch.float32)
+        if not (rois.labels > 0).any():
+            return losses
+        logits = head(pool_sampled_masks(features, boxes))
+        own = mask_losses(
+            logits,
+            rois.labels[rois.labels > 0] - 1,
+            mask_targets([of_image.float() for of_image in masks], boxes, matches),
+        )
+        return losses.masked_scatter(rois.labels > 0, own)
 
 
 def pool_all_rois(features: DetectorFeatures, rois: Float[Tensor, "b k 4"]) -> PooledRois:
@@ -293,11 +342,33 @@ def pool_sampled_rois(
     features: DetectorFeatures, rois: Sequence[Float[Tensor, "_ 4"]]
 ) -> PooledRois:
     """The same for RoIs given by image, whose numbers may differ."""
-    padded = pad_sequence(list(rois), batch_first=True)
-    counts = torch.tensor([len(boxes) for boxes in rois], device=padded.device)
-    is_real = (torch.arange(padded.shape[1], device=padded.device) < counts[:, None]).flatten()
+    padded, is_real = _padded(rois)
     pooled = pool_all_rois(features, padded)
     return PooledRois(cells=pooled.cells[is_real], semantic=pooled.semantic[is_real])
+
+
+def pool_all_masks(
+    features: DetectorFeatures, rois: Float[Tensor, "b k 4"]
+) -> Float[Tensor, "n c 14 14"]:
+    """What the mask head reads of the RoIs (XYXY in the model frame), n = b * k of them."""
+    cells = pool_rois(features.roi_map, rois, stride=ROI_STRIDE, num_cells=MASK_ROI_SIZE)
+    return cells.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def pool_sampled_masks(
+    features: DetectorFeatures, rois: Sequence[Float[Tensor, "_ 4"]]
+) -> Float[Tensor, "n c 14 14"]:
+    """The same for RoIs given by image, whose numbers may differ."""
+    padded, is_real = _padded(rois)
+    return pool_all_masks(features, padded)[is_real]
+
+
+def _padded(rois: Sequence[Float[Tensor, "_ 4"]]) -> tuple[Tensor, Tensor]:
+    """RoIs [b, k, 4], filled up with zeros, and which of the b * k are real."""
+    padded = pad_sequence(list(rois), batch_first=True)
+    counts = torch.tensor([len(boxes) for boxes in rois], device=padded.device)
+    is_real = torch.arange(padded.shape[1], device=padded.device) < counts[:, None]
+    return padded, is_real.flatten()
 
 
 def roi_losses(
@@ -324,6 +395,15 @@ def roi_losses(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Samples:
+    rois: SampledRois
+    encoded: Float[Tensor, "r 4"]
+    """What the offsets of each RoI shall be."""
+    matches: tuple[Int64[Tensor, " _"], ...]
+    """By image: the position of each RoI's box among those to learn from."""
+
+
 class _RoiSampler(RoIHeads):  # type: ignore[misc]
     """torchvision's matching and sampling of RoIs; its own heads and losses are not used."""
 
@@ -335,10 +415,8 @@ class _RoiSampler(RoIHeads):  # type: ignore[misc]
             score_thresh=0.0, nms_thresh=0.5, detections_per_img=1,
         )  # fmt: skip
 
-    def sample(
-        self, proposals: list[Tensor], targets: list[dict[str, Tensor]]
-    ) -> tuple[SampledRois, Tensor]:
-        """The RoIs, and the encoded boxes that they shall be moved onto."""
+    def sample(self, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> _Samples:
+        """The RoIs and what they shall learn."""
         rois, matches, labels, encoded = self.select_training_samples(proposals, targets)
         matched = [
             target["boxes"][match] if len(target["boxes"]) else boxes
@@ -347,7 +425,7 @@ class _RoiSampler(RoIHeads):  # type: ignore[misc]
         sampled = SampledRois(
             boxes=tuple(rois), labels=torch.cat(labels), matched=torch.cat(matched)
         )
-        return sampled, torch.cat(encoded)
+        return _Samples(rois=sampled, encoded=torch.cat(encoded), matches=tuple(matches))
 
 
 def _conv_norm(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Module:

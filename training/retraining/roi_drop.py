@@ -53,6 +53,8 @@ class RoiLosses:
     regression: Float[Tensor, " r"]
     """Sum of the four absolute errors of the encoded box; 0 for background."""
     is_foreground: Bool[Tensor, " r"]
+    mask: Float[Tensor, " r"] | None = None
+    """Mean cross-entropy over the mask's cells; 0 for background. None: there is no mask head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,13 @@ class KeptRois:
     classification: Bool[Tensor, " r"]
     regression: Bool[Tensor, " r"]
 
+    @property
+    def mask(self) -> Bool[Tensor, " r"]:
+        """The mask of an RoI counts where both its class and its box do: a pseudo mask is made
+        from the pseudo box, and a wrong box or class has a wrong mask.
+        """
+        return self.classification & self.regression
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReducedRoiLosses:
@@ -69,6 +78,8 @@ class ReducedRoiLosses:
 
     classification: Float[Tensor, ""]
     regression: Float[Tensor, ""]
+    mask: Float[Tensor, ""]
+    """0 without a mask head."""
 
 
 def keep_all_rois(losses: RoiLosses) -> KeptRois:
@@ -94,28 +105,36 @@ def keep_trusted_rois(losses: RoiLosses, config: RoiDropConfig) -> KeptRois:
 
 def reduce_roi_losses(losses: RoiLosses, kept: KeptRois) -> ReducedRoiLosses:
     """Sums of the losses that count, divided by the number of *all* RoIs: dropped ones count as 0,
-    they do not raise the weight of the others. 0 without RoIs.
+    they do not raise the weight of the others. 0 without RoIs. Masks are divided by the number of
+    all foreground RoIs, as Mask R-CNN does.
     """
     num_rois = max(1, len(losses.classification))
     zero = losses.classification.new_zeros(())
+    foreground = losses.is_foreground
+    regression = torch.where(kept.regression & foreground, losses.regression, zero)
+    mask = zero
+    if losses.mask is not None:
+        counted = torch.where(kept.mask & foreground, losses.mask, zero)
+        mask = counted.sum() / foreground.sum().clamp(min=1)
     return ReducedRoiLosses(
         classification=torch.where(kept.classification, losses.classification, zero).sum()
         / num_rois,
-        regression=torch.where(
-            kept.regression & losses.is_foreground, losses.regression, zero
-        ).sum()
-        / num_rois,
+        regression=regression.sum() / num_rois,
+        mask=mask,
     )
 
 
 def drop_statistics(losses: RoiLosses, kept: KeptRois) -> dict[str, float]:
     """Shares of dropped RoIs, in [0, 1], for the log; 0 where there are none to drop."""
     foreground = losses.is_foreground
-    return {
+    shares = {
         "dropped_background": _share(~kept.classification, ~foreground),
         "dropped_classification": _share(~kept.classification, foreground),
         "dropped_regression": _share(~kept.regression, foreground),
     }
+    if losses.mask is not None:
+        shares["dropped_mask"] = _share(~kept.mask, foreground)
+    return shares
 
 
 def _share(dropped: Tensor, among: Tensor) -> float:

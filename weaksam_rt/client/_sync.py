@@ -99,7 +99,8 @@ class WeakSamClient:
             image: A JPEG, PNG or WebP file.
             score_thresh: Lowest score to return, in [0, 1]; None: the server's.
             max_detections: Most detections to return, at least 1; None: the server's.
-            with_masks: Also prompt SAM with every box.
+            with_masks: Also masks: the detector's own if it has some, else of SAM, prompted with
+                every box.
             timeout_s: Deadline; None: the configured one.
         """
         call = detect_call(

@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 import training.retrain_detector as stage_module
 from training.data.coco import load_coco_folder
 from training.detect import detect_folder
-from training.engine.checkpoint import load_weights, save_weights
+from training.engine.checkpoint import DivergedError, load_weights, save_weights
 from training.engine.stage import open_stage, read_manifest
 from training.generate_scenes import GenerateScenesConfig, generate_scenes
 from training.models.detector_adapter import CandidateConfig, DetectorAdapter
@@ -17,6 +20,7 @@ from training.retrain_detector import (
     DetectorRecipe,
     RetrainDetectorConfig,
     batch_of_step,
+    initial_model,
     load_detector,
     load_framed_images,
     load_negatives,
@@ -58,9 +62,25 @@ def _open(directory):
     return open_stage("retrain_detector", directory, config=_RECIPE, inputs={})
 
 
-def test_a_killed_run_ends_where_the_undisturbed_one_does(scenes, tmp_path, monkeypatch):
+def _start(folder, recipe=_RECIPE):
+    return initial_model(recipe, folder.class_names, None)
+
+
+def _with_masks(recipe=_RECIPE, **changes):
+    model = dataclasses.replace(recipe.model, mask_channels=8)
+    return dataclasses.replace(recipe, model=model, **changes)
+
+
+def _losses(directory):
+    return [
+        json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+@pytest.mark.parametrize("recipe", [_RECIPE, _with_masks()], ids=["boxes", "masks"])
+def test_a_killed_run_ends_where_the_undisturbed_one_does(scenes, tmp_path, monkeypatch, recipe):
     folder = load_coco_folder(scenes / "train")
-    undisturbed = train(_open(tmp_path / "a"), folder, _RECIPE, None)
+    undisturbed = train(_open(tmp_path / "a"), folder, recipe, _start(folder, recipe))
     real_step = stage_module.train_step
 
     def _killed_in_step_3(model, optimizer, batch, recipe, step, num_steps):
@@ -70,11 +90,142 @@ def test_a_killed_run_ends_where_the_undisturbed_one_does(scenes, tmp_path, monk
 
     monkeypatch.setattr(stage_module, "train_step", _killed_in_step_3)
     with pytest.raises(KeyboardInterrupt):
-        train(_open(tmp_path / "b"), folder, _RECIPE, None)
+        train(_open(tmp_path / "b"), folder, recipe, _start(folder, recipe))
     monkeypatch.undo()
-    resumed = train(_open(tmp_path / "b"), folder, _RECIPE, None)
+    resumed = train(_open(tmp_path / "b"), folder, recipe, _start(folder, recipe))
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+    # Step 2 was done, lost with the process and done again.
+    first, *_, last = _losses(tmp_path / "a")
+    assert _losses(tmp_path / "a")[:3] + _losses(tmp_path / "a")[2:] == _losses(tmp_path / "b")
+    assert first != last
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_process_killed_by_the_system_leaves_the_loss_curve_unchanged(scenes, tmp_path, seed):
+    """SIGKILL at a random step of a real process, with masks; nothing gets a chance to clean up."""
+    recipe = _with_masks(epochs=3)
+    folder = load_coco_folder(scenes / "train")
+    train(_open(tmp_path / "a"), folder, recipe, _start(folder, recipe))
+    victim = int(np.random.default_rng(seed).integers(1, 6))
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        real_step = stage_module.train_step
+
+        def _killed(model, optimizer, batch, recipe, step, num_steps):
+            if step == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real_step(model, optimizer, batch, recipe, step, num_steps)
+
+        stage_module.train_step = _killed
+        train(_open(tmp_path / "b"), folder, recipe, _start(folder, recipe))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    train(_open(tmp_path / "b"), folder, recipe, _start(folder, recipe))
+    stages = _open(tmp_path / "a"), _open(tmp_path / "b")
+    undisturbed, resumed = ([entry["loss"] for entry in stage.metrics()] for stage in stages)
+    assert len(undisturbed) == 6
+    assert resumed == undisturbed
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_images(scenes, tmp_path, monkeypatch):
+    folder = load_coco_folder(scenes / "train")
+    real_step = stage_module.train_step
+
+    def _nan_in_step_3(model, optimizer, batch, recipe, step, num_steps):
+        scalars = real_step(model, optimizer, batch, recipe, step, num_steps)
+        return scalars | {"loss": float("nan")} if step == 3 else scalars
+
+    monkeypatch.setattr(stage_module, "train_step", _nan_in_step_3)
+    with pytest.raises(DivergedError, match="after 2 steps") as raised:
+        train(_open(tmp_path / "run"), folder, _RECIPE, _start(folder))
+    images = load_framed_images(folder, 64)
+    for view in batch_of_step(images, _RECIPE, 3):
+        assert view.name in str(raised.value)
+
+
+def test_masks_can_be_added_to_a_finished_detector_without_touching_its_boxes(scenes, tmp_path):
+    config = RetrainDetectorConfig(
+        data=scenes / "train", val=scenes / "val", output=tmp_path / "boxes", recipe=_RECIPE
+    )
+    main(config)
+    start = config.output / WEIGHTS_NAME
+    masked = dataclasses.replace(
+        config,
+        output=tmp_path / "masks",
+        start_from=start,
+        recipe=_with_masks(only_masks=True, learning_rate=1e-2),
+    )
+    main(masked)
+    before, after = load_weights(start), load_weights(masked.output / WEIGHTS_NAME)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert set(after) - set(before)
+    values = read_manifest(config.output)["metrics"]["val"]
+    more = read_manifest(masked.output)["metrics"]["val"]
+    assert {name: more[name] for name in values} == values
+    assert 0 <= more["mask_ap50"] <= more["mask_ap25"] <= 1
+    model, _ = load_detector(masked.output / WEIGHTS_NAME)
+    assert model.config.mask_channels == 8
+    losses = [entry["mask"] for entry in open_stage(
+        "retrain_detector", masked.output, config=masked.recipe,
+        inputs={"data": masked.data, "val": masked.val, "start_from": start},
+    ).metrics()]  # fmt: skip
+    assert losses[-1] < losses[0]
+
+
+def test_a_detector_of_other_classes_or_sizes_is_no_start(scenes, tmp_path):
+    model = FasterRcnn(_RECIPE.model, 2)
+    path = tmp_path / "d.safetensors"
+    save_weights(path, model.state_dict(), {"class_names": ["disc", "star"]})
+    with pytest.raises(ValueError, match=r"d\.safetensors knows \['disc', 'star'\]"):
+        initial_model(_RECIPE, ("star", "disc"), None, path)
+    wider = dataclasses.replace(_RECIPE.model, head_width=32)
+    with pytest.raises(ArtifactError, match=r"d\.safetensors does not fit"):
+        initial_model(dataclasses.replace(_RECIPE, model=wider), ("disc", "star"), None, path)
+    masking = _with_masks()
+    save_weights(path, FasterRcnn(masking.model, 2).state_dict(), {"class_names": ["disc", "star"]})
+    with pytest.raises(ArtifactError, match="too many"):
+        initial_model(_RECIPE, ("disc", "star"), None, path)
+
+
+def test_masks_are_learnt_from_boxes_with_masks_only(scenes, tmp_path):
+    content = json.loads((scenes / "train" / "instances.json").read_text())
+    del content["annotations"][0]["segmentation"]
+    write_json(tmp_path / "some.json", content)
+    folder = load_coco_folder(scenes / "train", annotations=tmp_path / "some.json")
+    with pytest.raises(ValueError, match=r"\.jpg has \d boxes and \d masks"):
+        train(_open(tmp_path / "run"), folder, _with_masks(), _start(folder, _with_masks()))
+    with pytest.raises(ValueError, match="only_masks needs a mask head"):
+        DetectorRecipe(only_masks=True)
+
+
+def test_masks_alone_learn_nothing_from_images_of_background(scenes):
+    images = load_negatives(load_coco_folder(scenes / "val"), 64)
+    recipe = _with_masks(only_masks=True)
+    model = initial_model(recipe, ("disc", "star"), None)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=1e-2)
+    scalars = train_step(model, optimizer, images, recipe, 0, 10)
+    assert scalars["mask"] == 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_bad_images_are_left_out_of_training_and_evaluation_and_listed(scenes, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(scenes / split, tmp_path / split)
+        bad = load_coco_folder(tmp_path / split).records[0].path
+        bad.write_bytes(bad.read_bytes()[:200])
+        bad.rename(bad.with_name(f"{split}.jpg"))
+        text = (tmp_path / split / "instances.json").read_text()
+        (tmp_path / split / "instances.json").write_text(text.replace(bad.name, f"{split}.jpg"))
+    config = RetrainDetectorConfig(
+        data=tmp_path / "train", val=tmp_path / "val", output=tmp_path / "run",
+        recipe=dataclasses.replace(_RECIPE, epochs=1),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"cannot read .*train\.jpg"):
+        main(config)
+    main(dataclasses.replace(config, skip_bad=True))
+    assert set(read_manifest(config.output)["metrics"]["skipped"]) == {"train.jpg", "val.jpg"}
 
 
 def test_the_command_trains_evaluates_and_is_skipped_when_done(scenes, tmp_path):
@@ -145,8 +296,8 @@ def test_every_image_is_seen_once_an_epoch(scenes):
 def test_images_of_background_are_learnt_from_without_boxes(scenes, tmp_path):
     folder, other = load_coco_folder(scenes / "train"), load_coco_folder(scenes / "val")
     assert all(len(image.boxes) == 0 for image in load_negatives(other, 64))
-    plain = train(_open(tmp_path / "a"), folder, _RECIPE, None)
-    with_background = train(_open(tmp_path / "b"), folder, _RECIPE, None, other)
+    plain = train(_open(tmp_path / "a"), folder, _RECIPE, _start(folder))
+    with_background = train(_open(tmp_path / "b"), folder, _RECIPE, _start(folder), other)
     assert not torch.equal(plain.box_head.classes.bias, with_background.box_head.classes.bias)
 
 
@@ -196,4 +347,4 @@ def test_weights_of_another_size_are_refused_by_name(tmp_path):
 def test_a_data_set_without_boxes_is_refused(scenes, tmp_path):
     folder = load_coco_folder(scenes / "train", classes=())
     with pytest.raises(ValueError, match="no image has a box"):
-        train(_open(tmp_path), folder, _RECIPE, None)
+        train(_open(tmp_path), folder, _RECIPE, _start(folder))

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from training.engine.stage import read_manifest
 from training.generate_scenes import GenerateScenesConfig, generate_scenes
 from training.models.sam import build_sam, compact, save_sam
 from training.models.vit import VitConfig
 from training.models.weaktr import WeakTrConfig
 from training.recipes import RECIPES, scenes
+from training.retrain_detector import load_detector
 from training.run import RunConfig, run
 
 _DATA = Path(os.environ.get("WEAKSAM_DATA", "../shared/data"))
@@ -64,6 +66,7 @@ def finished(tmp_path_factory):
         rounds=2,
         supervised=True,
         measure_drop=True,
+        masks=True,
     )
     return config, run(config, _tiny_recipe())
 
@@ -84,6 +87,19 @@ def test_what_roi_drop_leaves_out_is_compared_with_the_truth(finished):
     assert len(report["roi_drop"]) == 2
     for of_round in report["roi_drop"]:
         assert 0 <= of_round["classification"]["evaluation_only"]["wrong_share"] <= 1
+
+
+def test_the_chain_ends_with_masks(finished):
+    config, report = finished
+    pseudo = read_manifest(config.output / "pseudo_masks")["metrics"]
+    assert report["pseudo_masks"] == pseudo
+    boxes = read_manifest(config.output / "pseudo_labels_2")["metrics"]["num_boxes"]
+    assert pseudo["num_masks"] + pseudo["num_empty"] == boxes
+    for detector in ("mask_rcnn", "supervised_masks"):
+        assert 0 <= report[detector]["mask_ap50"] <= 1
+        model, _ = load_detector(config.output / detector / "detector.safetensors")
+        assert model.config.mask_channels == 64
+    assert "mask_ap50" not in report["detector"]
 
 
 def test_finished_stages_are_skipped(finished):

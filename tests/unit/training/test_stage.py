@@ -71,3 +71,15 @@ def test_logged_scalars_are_read_by_step_also_after_a_kill(tmp_path):
     stage.log_metrics(step=1, loss=2.5)
     stage.log_metrics(step=2, loss=1.0)
     assert [entry["loss"] for entry in stage.metrics()] == [3.0, 2.5, 1.0]
+
+
+def test_an_option_that_came_later_and_is_off_changes_nothing(tmp_path):
+    old = {"seed": 0, "rate": 0.1}
+    open_stage("make", tmp_path / "run", config=old, inputs={})
+    later = old | {"masks": None, "skips": False, "sources": []}
+    open_stage("make", tmp_path / "run", config=later, inputs={})
+    open_stage("make", tmp_path / "again", config=later, inputs={})
+    open_stage("make", tmp_path / "again", config=old, inputs={})
+    for switched_on in ({"masks": 64}, {"skips": True}, {"sources": ["a"]}, {"masks": 0}):
+        with pytest.raises(ValueError, match="holds another run"):
+            open_stage("make", tmp_path / "run", config=later | switched_on, inputs={})

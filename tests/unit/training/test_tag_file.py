@@ -101,3 +101,17 @@ def test_joined_folders_share_classes_by_name(tmp_path):
     assert {r.path.name: r.tags for r in rest.records} == {"0_2.png": (), "1_7.png": ()}
     with pytest.raises(ValueError, match="no folder has the class 'zebra'"):
         merge_data((first,), tmp_path / "none", classes=("zebra",))
+
+
+def test_tagged_files_that_are_no_images_can_be_left_out_and_listed(tagged):
+    (tagged / "b.png").write_text("no image")
+    with (tagged / "tags.csv").open("a") as file:
+        file.write("lost.png,dog\n")
+    with pytest.raises(ValueError, match=r"b\.png is no image"):
+        write_tagged_folder(tagged, tagged / "tags.csv", tagged / "set")
+    write_tagged_folder(tagged, tagged / "tags.csv", tagged / "set", skip_bad=True)
+    names = [record.path.name for record in load_coco_folder(tagged / "set").records]
+    assert names == ["a.png"]
+    skipped = json.loads((tagged / "set" / "skipped.json").read_text())
+    assert list(skipped) == ["b.png", "lost.png"]
+    assert "not in the folder" in skipped["lost.png"]

@@ -13,9 +13,13 @@ from weaksam_rt.masks import (
     image_logits,
     low_res_stability,
     mask_to_box,
+    masks_in_boxes,
+    rle_areas,
+    rle_iou,
     stability_scores,
 )
 from weaksam_rt.preprocessing import longest_side_frame
+from weaksam_rt.types import InstanceMasks
 
 SIZES = [(480, 640), (640, 480), (333, 500), (100, 100)]
 
@@ -78,3 +82,60 @@ def test_run_lengths_decode_to_the_same_masks():
     np.testing.assert_array_equal(decode_rle(encode_rle(masks), (30, 40)), masks)
     assert encode_rle(masks[:0]) == ()
     assert decode_rle((), (3, 4)).shape == (0, 3, 4)
+
+
+def _pasted_by_grid_sample(logits, box, image_size):
+    """Every pixel's centre looked up in the grid over the box: the slow definition."""
+    left, top, right, bottom = box
+    ys, xs = np.mgrid[: image_size[0], : image_size[1]] + 0.5
+    x, y = (xs - left) / (right - left), (ys - top) / (bottom - top)
+    grid = torch.from_numpy(np.stack([2 * x - 1, 2 * y - 1], axis=-1)[None]).float()
+    sampled = nn.functional.grid_sample(
+        torch.from_numpy(logits)[None, None], grid, padding_mode="border", align_corners=False
+    )
+    inside = (x >= 0) & (x < 1) & (y >= 0) & (y < 1)
+    return (sampled[0, 0].numpy() > 0) & inside, np.abs(sampled[0, 0].numpy()) < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_on_a_grid_over_a_box_are_those_of_a_lookup_for_each_pixel(seed):
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(-20, 40, (5, 2))
+    boxes = np.concatenate([low, low + rng.uniform(3, 60, (5, 2))], axis=1).astype(np.float32)
+    logits = rng.normal(size=(5, 7, 7)).astype(np.float32)
+    masks = masks_in_boxes(logits, boxes, (50, 70))
+    for mask, one, box in zip(decode_rle(masks.rle_counts, (50, 70)), logits, boxes, strict=True):
+        expected, undecided = _pasted_by_grid_sample(one, box, (50, 70))
+        assert (mask == expected)[~undecided].all()
+
+
+def test_a_sure_mask_fills_its_box_and_nothing_else():
+    boxes = np.array([[2, 3, 12, 9], [-5, -5, 4, 4], [60, 40, 90, 90]], np.float32)
+    masks = masks_in_boxes(np.ones((3, 5, 5), np.float32), boxes, (50, 70))
+    np.testing.assert_array_equal(
+        mask_to_box(decode_rle(masks.rle_counts, (50, 70))),
+        [[2, 3, 12, 9], [0, 0, 4, 4], [60, 40, 70, 50]],
+    )
+    empty = masks_in_boxes(-np.ones((3, 5, 5), np.float32), boxes, (50, 70))
+    assert rle_areas(empty).tolist() == [0, 0, 0]
+
+
+def test_boxes_without_a_pixel_or_beyond_the_image_have_empty_masks():
+    boxes = np.array([[2.6, 3, 3.4, 9], [80, 0, 90, 10], [5, 5, 5, 5], [-9, 1, -2, 4]], np.float32)
+    masks = masks_in_boxes(np.ones((4, 5, 5), np.float32), boxes, (50, 70))
+    assert rle_areas(masks).tolist() == [0, 0, 0, 0]
+    assert len(masks_in_boxes(np.zeros((0, 5, 5), np.float32), boxes[:0], (50, 70))) == 0
+
+
+def test_iou_of_coded_masks_is_that_of_their_pixels():
+    rng = np.random.default_rng(0)
+    bits = rng.random((5, 9, 11)) > 0.6
+    bits[3] = False
+    masks = InstanceMasks(rle_counts=encode_rle(bits), image_size=(9, 11))
+    both = (bits[:, None] & bits).sum(axis=(2, 3))
+    either = (bits[:, None] | bits).sum(axis=(2, 3))
+    np.testing.assert_allclose(rle_iou(masks, masks), both / np.maximum(either, 1), rtol=1e-6)
+    np.testing.assert_array_equal(rle_areas(masks), bits.sum(axis=(1, 2)))
+    none = InstanceMasks(rle_counts=(), image_size=(9, 11))
+    assert rle_iou(none, masks).shape == (0, 5)
+    assert rle_iou(masks, none).shape == (5, 0)

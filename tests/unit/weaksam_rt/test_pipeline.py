@@ -1,6 +1,7 @@
 """The way of an image through the models, with models whose answers can be foretold."""
 
 import asyncio
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -137,6 +138,55 @@ def test_the_longest_side_seen_is_that_of_the_largest_model(pipeline):
     sizes = _MODELS.detector.image_size, _MODELS.sam.image_size
     assert pipeline.longest_side_seen(with_masks=False) == sizes[0]
     assert pipeline.longest_side_seen(with_masks=True) == max(sizes)
+
+
+def _detect_masks(inputs, outputs):
+    """The left half of every box."""
+    answer = _detect(inputs, outputs)
+    logits = np.where(np.arange(8) < 4, 1, -1) * np.ones((1, 4, 8, 1), np.float32)
+    answer["mask_logits"] = logits.astype(np.float32)
+    return {name: answer[name] for name in outputs}
+
+
+def _masking_pipeline(models):
+    functions = {"detector": _detect_masks}
+    return WeakSamPipeline(LocalBackend(functions), models, _CONFIG)
+
+
+def test_a_detector_with_masks_needs_no_sam():
+    pipeline = _masking_pipeline(PipelineModels(detector=replace(_DETECTOR, mask_size=8)))
+    found = asyncio.run(pipeline.detect(_picture(), with_masks=True))
+    assert found.boxes.tolist() == [[16, 16, 64, 64], [0, 0, 128, 64]]
+    masks = decode_rle(found.masks.rle_counts, found.image_size)
+    expected = np.zeros((2, 64, 128), bool)
+    expected[0, 16:, 16:40] = expected[1, :, :64] = True
+    np.testing.assert_array_equal(masks, expected)
+    assert pipeline.longest_side_seen(with_masks=True) == _DETECTOR.image_size
+    assert asyncio.run(pipeline.detect(_picture())).masks is None
+
+
+def test_masks_of_a_smaller_version_are_those_of_the_original():
+    pipeline = _masking_pipeline(PipelineModels(detector=replace(_DETECTOR, mask_size=8)))
+    half = asyncio.run(pipeline.detect(_picture()[::2, ::2], image_size=(64, 128), with_masks=True))
+    whole = asyncio.run(pipeline.detect(_picture(), with_masks=True))
+    assert half.masks == whole.masks
+
+
+def test_a_detector_without_masks_and_without_sam_gives_none():
+    pipeline = _pipeline(models=PipelineModels(detector=_DETECTOR))
+    with pytest.raises(ContractError, match="SAM"):
+        asyncio.run(pipeline.detect(_picture(), with_masks=True))
+
+
+def test_models_without_masks_are_described_as_ever():
+    content = _MODELS.to_json()
+    assert content["detector"] == {
+        "image_size": 64, "num_candidates": 4, "class_names": ("red", "green"),
+    }  # fmt: skip
+    masking = PipelineModels(detector=replace(_DETECTOR, mask_size=28))
+    for models in (_MODELS, masking):
+        written = json.loads(json.dumps(models.to_json()))
+        assert PipelineModels.from_json(written) == models
 
 
 def test_tags_steer_the_prompts_to_their_class(pipeline):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from training.data.results import (
     write_proposals,
 )
 from weaksam_rt.errors import ArtifactError
-from weaksam_rt.types import Detections, PromptSource, Proposals
+from weaksam_rt.masks import decode_rle, encode_rle
+from weaksam_rt.types import Detections, InstanceMasks, PromptSource, Proposals
 
 _SIZE = (30, 40)
 
@@ -143,3 +145,19 @@ def test_a_file_that_does_not_fit_is_refused_with_the_reason(tmp_path, content, 
     (tmp_path / "d.json").write_text(content)
     with pytest.raises(ArtifactError, match=message):
         read_detections(tmp_path / "d.json", folder=_FOLDER)
+
+
+def test_masks_are_written_and_read_back(tmp_path):
+    found = _detections([[0, 0, 10, 10], [1.5, 2, 30, 20]], [0.25, 0.75], [0, 1])
+    bits = np.random.default_rng(0).random((2, *_SIZE)) > 0.5
+    masks = InstanceMasks(rle_counts=encode_rle(bits), image_size=_SIZE)
+    path = tmp_path / "d.json"
+    write_detections(path, {5: dataclasses.replace(found, masks=masks)}, folder=_FOLDER)
+    again = read_detections(path, folder=_FOLDER)
+    np.testing.assert_array_equal(decode_rle(again[5].masks.rle_counts, _SIZE), bits[::-1])
+    assert len(again[9].masks) == 0
+    entries = json.loads(path.read_text())
+    del entries[0]["segmentation"]
+    path.write_text(json.dumps(entries))
+    with pytest.raises(ArtifactError, match="without a mask"):
+        read_detections(path, folder=_FOLDER)

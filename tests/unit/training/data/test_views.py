@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from training.data.views import TrueBoxes, ViewConfig, frame_image, random_view
+from weaksam_rt.masks import decode_rle, mask_to_box
 
 
 def _image_with_a_box():
@@ -94,3 +95,61 @@ def test_true_boxes_move_with_the_boxes_and_change_nothing_else(seed):
     np.testing.assert_array_equal(seen.truth.boxes, view.boxes)
     assert seen.truth.labels.tolist() == [5] * len(view.boxes)
     assert view.truth is None
+
+
+def _image_with_a_mask():
+    image, boxes, labels = _image_with_a_box()
+    masks = np.zeros((1, 60, 120), bool)
+    masks[0, 20:50, 30:90] = True
+    return image, boxes, labels, masks
+
+
+def test_the_frame_holds_the_scaled_masks():
+    image, boxes, labels, masks = _image_with_a_mask()
+    framed = frame_image(image, boxes, labels, frame_side=60, masks=masks)
+    (mask,) = decode_rle(framed.masks.rle_counts, framed.masks.image_size)
+    expected = np.zeros((60, 60), bool)
+    expected[10:25, 15:45] = True
+    assert (mask != expected).sum() <= 2 * (15 + 30)  # the border may fall either way
+    assert framed.masks.image_size == (60, 60)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_masks_follow_the_pixels_of_a_random_view(seed):
+    image, boxes, labels, masks = _image_with_a_mask()
+    framed = frame_image(image, boxes, labels, frame_side=96, masks=masks)
+    config = ViewConfig(min_visible=0.0, max_gain=0.0)
+    view = random_view(framed, config, np.random.default_rng(seed))
+    (mask,) = decode_rle(view.masks.rle_counts, view.masks.image_size)
+    bright = view.pixels.max(axis=2) > 127
+    assert (mask & bright).sum() / (mask | bright).sum() > 0.93
+    without = random_view(
+        dataclasses.replace(framed, masks=None), config, np.random.default_rng(seed)
+    )
+    np.testing.assert_array_equal(without.pixels, view.pixels)
+    np.testing.assert_array_equal(without.boxes, view.boxes)
+
+
+def test_a_mask_goes_with_its_box():
+    image, _, _ = _image_with_a_box()
+    boxes = np.array([[0, 0, 10, 10], [110, 50, 120, 60]], np.float32)
+    masks = np.zeros((2, 60, 120), bool)
+    masks[0, :10, :10] = masks[1, 50:, 110:] = True
+    framed = frame_image(image, boxes, np.array([0, 1]), frame_side=64, masks=masks)
+    config = ViewConfig(min_scale=1.4, max_scale=1.4, min_visible=0.9)
+    kept = 0
+    for seed in range(10):
+        view = random_view(framed, config, np.random.default_rng(seed))
+        decoded = decode_rle(view.masks.rle_counts, view.masks.image_size)
+        assert len(decoded) == len(view.boxes)
+        for mask, box in zip(decoded, view.boxes, strict=True):
+            kept += 1
+            np.testing.assert_allclose(mask_to_box(mask), box, atol=2)
+    assert kept
+
+
+def test_an_image_without_objects_has_no_masks():
+    image, _, _ = _image_with_a_box()
+    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    framed = frame_image(image, *nothing, frame_side=64, masks=np.zeros((0, 60, 120), bool))
+    assert len(random_view(framed, ViewConfig(), np.random.default_rng(0)).masks) == 0

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -6,12 +7,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from training.data.coco import CocoFolder, ImageRecord
-from training.evaluate import evaluate, markdown
+from training.evaluate import evaluate, markdown, summary
 from training.evaluation.coco_ap import METRICS, coco_ap, coco_results, coco_truth
 from training.evaluation.corloc import corloc
+from training.evaluation.html_report import html_page
 from training.evaluation.recall import greedy_matches, proposal_recall
 from training.evaluation.voc_ap import ap_11_point, ap_all_point, voc_ap
-from weaksam_rt.types import Detections, Proposals
+from weaksam_rt.masks import encode_rle
+from weaksam_rt.types import Detections, InstanceMasks, Proposals
 
 _SIZE = (100, 100)
 
@@ -164,3 +167,103 @@ def test_the_report_has_json_values_only_and_a_table_row_per_class():
     page = markdown(report, title="T")
     assert "| cat | 100.0 | 100.0 | 100.0 | 100.0 | 1 | 1 |" in page
     assert "| dog | - | - | - | - | 0 | 0 |" in page
+
+
+def _masked(found, rng=None):
+    """Detections with the ellipses of their boxes as masks, some pixels missing."""
+    masks = _ellipses(found.boxes)
+    if rng is not None:
+        masks &= rng.random(masks.shape) > 0.1
+    instances = InstanceMasks(rle_counts=encode_rle(masks), image_size=_SIZE)
+    return dataclasses.replace(found, masks=instances)
+
+
+def _ellipses(boxes):
+    ys, xs = np.mgrid[: _SIZE[0], : _SIZE[1]] + 0.5
+    centres, radii = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+    x = (xs - centres[:, 0, None, None]) / radii[:, 0, None, None]
+    y = (ys - centres[:, 1, None, None]) / radii[:, 1, None, None]
+    return x**2 + y**2 <= 1
+
+
+def _with_true_masks(folder):
+    return dataclasses.replace(
+        folder,
+        records=tuple(
+            dataclasses.replace(
+                record,
+                segmentations=tuple(
+                    {"size": list(_SIZE), "counts": counts}
+                    for counts in encode_rle(_ellipses(record.boxes))
+                ),
+            )
+            for record in folder.records
+        ),
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_coco_ap_of_masks_equals_pycocotools(seed):
+    folder, found = _random_case(seed)
+    folder, rng = _with_true_masks(folder), np.random.default_rng(seed)
+    found = {image_id: _masked(of_image, rng) for image_id, of_image in found.items()}
+    api = COCO()
+    api.dataset = coco_truth(folder, shape="mask")
+    api.createIndex()
+    reference = COCOeval(api, api.loadRes(coco_results(found, shape="mask")), "segm")
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+    ours = coco_ap(folder, found, shape="mask")
+    assert 0.05 < ours.summary["AP"] < 1
+    assert ours.summary["AP"] != coco_ap(folder, found).summary["AP"]
+    np.testing.assert_allclose([ours.summary[m] for m in METRICS], reference.stats[:6], atol=1e-6)
+
+
+def test_masks_are_right_by_their_own_overlap_whatever_their_boxes():
+    folder = _with_true_masks(_folder(_record(1, [_A, _B], [0, 0])))
+    half = _ellipses(np.array([_A, _B], np.float32))
+    half[1, 70:] = False  # half of the second object
+    found = dataclasses.replace(
+        _detections([_ELSEWHERE, _B], [0.9, 0.8], [0, 0]),
+        masks=InstanceMasks(rle_counts=encode_rle(half), image_size=_SIZE),
+    )
+    assert voc_ap(folder, {1: found}).by_class[0].ap_all_point == pytest.approx(0.25)
+    by_thresh = [
+        voc_ap(folder, {1: found}, iou_thresh=t, shape="mask").by_class[0].ap_all_point
+        for t in (0.25, 0.49, 0.7)
+    ]
+    assert by_thresh == pytest.approx([1.0, 1.0, 0.5])
+
+
+def test_a_mask_of_another_class_is_not_compared():
+    folder = _with_true_masks(_folder(_record(1, [_A], [0])))
+    found = _masked(_detections([_A], [0.9], [1]))
+    assert voc_ap(folder, {1: found}, shape="mask").by_class[0].ap_all_point == 0.0
+
+
+def test_masks_cannot_be_compared_without_masks():
+    folder, found = _random_case(0)
+    with pytest.raises(ValueError, match="masks"):
+        voc_ap(_with_true_masks(folder), found, shape="mask")
+    masked = {image_id: _masked(of_image) for image_id, of_image in found.items()}
+    with pytest.raises(ValueError, match="masks"):
+        coco_ap(folder, masked, shape="mask")
+
+
+def test_the_report_has_masks_where_both_sides_have_them():
+    folder, found = _random_case(0)
+    masked = {image_id: _masked(of_image) for image_id, of_image in found.items()}
+    assert "masks" not in evaluate(folder, masked)
+    assert "masks" not in evaluate(_with_true_masks(folder), found)
+    report = evaluate(_with_true_masks(folder), masked)
+    assert list(report["masks"]["voc"]) == ["AP25", "AP50", "AP70", "AP75"]
+    values = list(report["masks"]["voc"].values())
+    assert values == sorted(values, reverse=True)
+    assert summary(report)["mask_ap50"] == report["masks"]["voc"]["AP50"]
+    assert "mask_ap50" not in summary(evaluate(folder, found))
+    page = markdown(report, title="T")
+    assert "| class, by masks | AP25 | AP50 | AP70 | AP75 | COCO AP |" in page
+    assert "Masks</h2>" in html_page(
+        report, title="T", class_names=("cat", "dog"), best=[], worst=[]
+    )

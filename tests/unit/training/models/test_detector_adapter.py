@@ -1,11 +1,18 @@
+import dataclasses
+
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import roi_align
 
+from export.__main__ import export_model
+from export.exportable import RANKED, Exportable
 from training.models.detector_adapter import CandidateConfig, DetectorAdapter, decode_boxes
 from training.retraining.faster_rcnn import BOX_WEIGHTS, FasterRcnn, FasterRcnnConfig
+from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
+from weaksam_rt.contracts import DetectorParameters
 
 _TOY = FasterRcnnConfig(
     image_size=64,
@@ -117,3 +124,59 @@ def test_the_exported_graph_agrees_at_other_batch_sizes(adapter, tmp_path):
         np.testing.assert_allclose(scores, reference[1].numpy(), atol=1e-4)
         np.testing.assert_array_equal(labels, reference[2].numpy())
         np.testing.assert_allclose(boxes, reference[0].numpy(), atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def masking(adapter):
+    """The same detector with a mask head."""
+    torch.manual_seed(0)
+    model = FasterRcnn(dataclasses.replace(_TOY, mask_channels=8), num_classes=3)
+    model.load_state_dict(adapter.model.state_dict(), strict=False)
+    torch.nn.init.normal_(model.mask_head.classes.weight, std=0.5)
+    return DetectorAdapter(model, _CANDIDATES).eval()
+
+
+def test_a_mask_head_adds_masks_and_changes_no_box(adapter, masking):
+    assert (adapter.mask_size, masking.mask_size) == (0, 28)
+    with torch.inference_mode():
+        boxes, scores, labels, masks = masking(_images(2))
+        without = adapter(_images(2))
+    assert masks.shape == (2, 10, 28, 28)
+    assert masks.dtype == torch.float32
+    for ours, theirs in zip((boxes, scores, labels), without, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_each_mask_is_that_of_the_boxs_own_class_inside_the_box(masking):
+    with torch.inference_mode():
+        boxes, _, labels, masks = masking(_images(1))
+        features = masking.model.features(_images(1).permute(0, 3, 1, 2).float())
+        pooled = roi_align(
+            features.roi_map, [boxes[0]], 14, spatial_scale=1 / 8, sampling_ratio=1, aligned=True
+        )
+        logits = masking.model.mask_head(pooled)
+    own = torch.stack([of_box[label] for of_box, label in zip(logits, labels[0], strict=True)])
+    torch.testing.assert_close(masks[0], own, atol=1e-3, rtol=1e-3)
+
+
+def test_the_exported_graph_with_masks_agrees_and_computes_what_is_wanted(masking, tmp_path):
+    parameters = DetectorParameters(
+        image_size=64, num_candidates=10, class_names=("a", "b", "c"), mask_size=28
+    )
+    exportable = Exportable(
+        model="detector",
+        module=masking,
+        parameters=parameters,
+        inputs=tuple({"image": _images(num).numpy()} for num in (2, 1, 3)),
+        tolerance=RANKED,
+        source={},
+    )
+    artifact = export_model(exportable, tmp_path)
+    assert artifact.parameters == parameters
+    model = OnnxRuntimeModel(artifact)
+    everything = model({"image": _images(2).numpy()})
+    boxes_only = model({"image": _images(2).numpy()}, ["boxes", "scores", "labels"])
+    assert everything["mask_logits"].shape == (2, 10, 28, 28)
+    assert set(boxes_only) == {"boxes", "scores", "labels"}
+    for name, values in boxes_only.items():
+        np.testing.assert_array_equal(values, everything[name])
