@@ -103,6 +103,7 @@ def _detect_result(response: Any, *, with_masks: bool) -> DetectResult:
             masks=masks,
         ),
         label_names=_texts(arrays["label_names"]),
+        version=_version(response),
     )
 
 
@@ -114,7 +115,11 @@ def _propose_result(response: Any) -> ProposeResult:
         sources=arrays["sources"],
         image_size=_image_size(arrays),
     )
-    return ProposeResult(proposals=proposals, used_tags=_texts(arrays["used_tags"]))
+    return ProposeResult(
+        proposals=proposals,
+        used_tags=_texts(arrays["used_tags"]),
+        version=_version(response),
+    )
 
 
 def _segment_result(response: Any) -> SegmentResult:
@@ -175,6 +180,11 @@ def _given(inputs: Mapping[str, NDArray[Any] | None]) -> dict[str, NDArray[Any]]
 
 def _texts(items: NDArray[np.object_]) -> tuple[str, ...]:
     return tuple(item.decode() for item in items)
+
+
+def _version(response: Any) -> int:
+    """The version of the model that answered; 0 where the server does not say."""
+    return int(response.model_version or 0)
 
 
 def _image_size(arrays: Arrays) -> ImageSize:

@@ -17,6 +17,8 @@ class DetectResult:
     detections: Detections
     label_names: tuple[str, ...]
     """The class name of each detection."""
+    version: int
+    """The version of ``weaksam_detect`` that answered; it stands for one set of engines."""
 
     def __len__(self) -> int:
         return len(self.detections)
@@ -47,6 +49,8 @@ class ProposeResult:
     proposals: Proposals
     used_tags: tuple[str, ...]
     """The tags given, or those that the classifier saw."""
+    version: int
+    """The version of ``weaksam_propose`` that answered."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

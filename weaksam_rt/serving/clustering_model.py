@@ -21,7 +21,7 @@ class ClusteringModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Read the settings that lie beside ``model.py``."""
         folder = Path(args["model_repository"]) / args["model_version"]
-        _, config = read_pipeline_file(folder / PIPELINE_NAME)
+        config = read_pipeline_file(folder / PIPELINE_NAME).config
         self._contract = engine_contract(PROMPT_CLUSTERING, ClusteringParameters())
         self._model = partial(prompt_clustering_model, config=config.clustering)
 
