@@ -122,7 +122,8 @@ class ModelControl:
         try:
             return method(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            details = error.details() or ""
+            # Behind "At:" stands the call stack of a Python model; the server's log has it too.
+            details = (error.details() or "").split("\n\nAt:")[0]
             if "explicit model load / unload is not allowed" in details:
                 raise WeakSamError(
                     f"the server at {self.address} does not let its models be changed; start it "

@@ -352,7 +352,7 @@ def passports_text(
             "version": versions[name],
             "engine": artifact.engine,
             "precision": artifact.passport.precision,
-            "parity": artifact.passport.worst_parity,
+            "parity": _three_digits(artifact.passport.worst_parity),
             "ap50": artifact.passport.task_metrics.get("ap50"),
             "created_at": artifact.passport.created_at,
             "changes": list((changes or {}).get(name, ())),
@@ -360,6 +360,10 @@ def passports_text(
         for name, artifact in engines.items()
     }
     return json.dumps(content)
+
+
+def _three_digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
