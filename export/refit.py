@@ -24,6 +24,8 @@ _NUMPY_OF: dict[int, np.dtype[Any]] = {
     TensorProto.FLOAT: np.dtype(np.float32),
     TensorProto.FLOAT16: np.dtype(np.float16),
 }
+_TRANSPOSED = "^T"
+"""Behind a weight's name: the graph holds its transpose, as a matrix product wants it."""
 _NAMED = 3
 """How many names an error lists."""
 
@@ -55,16 +57,17 @@ def tensorrt_refit_refusal(version: str) -> str | None:
 def renamed_weights(path: Path, module: nn.Module) -> dict[str, str]:
     """Which constants of an exported graph are weights under another name.
 
-    The exporter keeps most parameters' names; those that it reshaped became constants without a
-    name. They are recognised by their values, which is possible only right after the export.
+    The exporter keeps most parameters' names; those that it reshaped or transposed became constants
+    without a name. They are recognised by their values, which is possible only right after the
+    export.
 
     Args:
         path: An ONNX file, just exported from ``module``.
         module: The weights' owner.
 
     Returns:
-        Names in the graph to names in the module's state; a constant that could be several
-        weights (all ones, say) is left out.
+        Names in the graph to names in the module's state, with ``^T`` behind a transposed one. A
+        constant that could be several weights (all ones, say) is left out.
     """
     model = onnx.load(path)
     in_graph = {_plain_name(tensor.name): tensor for tensor in model.graph.initializer}
@@ -74,11 +77,20 @@ def renamed_weights(path: Path, module: nn.Module) -> dict[str, str]:
     for name, tensor in in_graph.items():
         if name in state or tensor.data_type not in _NUMPY_OF:
             continue
-        values = numpy_helper.to_array(tensor).astype(np.float32).ravel()
-        fitting = [key for key, weight in missing.items() if np.array_equal(weight.ravel(), values)]
+        values = numpy_helper.to_array(tensor).astype(np.float32)
+        fitting = [
+            key + suffix for key, weight in missing.items() for suffix in _ways_to(weight, values)
+        ]
         if len(fitting) == 1:
             found[name] = fitting[0]
     return found
+
+
+def _ways_to(weight: NDArray[np.float32], values: NDArray[np.float32]) -> list[str]:
+    """How ``weight`` becomes ``values``: as it is or reshaped, or transposed."""
+    ways = [""] if np.array_equal(weight.ravel(), values.ravel()) else []
+    is_matrix = weight.ndim == 2 and 1 not in weight.shape
+    return [*ways, *([_TRANSPOSED] if is_matrix and np.array_equal(weight.T, values) else [])]
 
 
 def refit_onnx(live: ModelArtifact, module: nn.Module, path: Path) -> int:
@@ -103,12 +115,14 @@ def refit_onnx(live: ModelArtifact, module: nn.Module, path: Path) -> int:
     replaced = set()
     for tensor in model.graph.initializer:
         plain = _plain_name(tensor.name)
-        key = plain if plain in state else renamed.get(plain)
-        if key is None:
+        way = plain if plain in state else renamed.get(plain)
+        if way is None:
             continue  # a constant of the graph
+        key = way.removesuffix(_TRANSPOSED)
         if key not in state:
             raise RefitError(f"the engine's weight {key} is not in the checkpoint; export it again")
-        values = _stored_as(tensor, state[key], by_name=key == plain)
+        weight = state[key] if key == way else state[key].T
+        values = _stored_as(tensor, weight, by_name=key == plain)
         tensor.CopyFrom(numpy_helper.from_array(values, name=tensor.name))
         replaced.add(key)
     if without_place := sorted(set(state) - replaced):

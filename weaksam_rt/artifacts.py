@@ -287,15 +287,15 @@ def refusal_here(
 
 
 def passport_changes(new: ModelArtifact, old: ModelArtifact) -> tuple[str, ...]:
-    """What differs between two versions of a model, a few words each; empty: the same engine."""
-    if new.sha256 == old.sha256:
-        return ()
+    """What differs between two versions of a model, a few words each; empty: nothing."""
     changes = []
     names = [getattr(a.parameters, "class_names", ()) for a in (new, old)]
     changes += [f"class {name} added" for name in names[0] if name not in names[1]]
     changes += [f"class {name} dropped" for name in names[1] if name not in names[0]]
     if set(names[0]) == set(names[1]) and names[0] != names[1]:
         changes.append("order of classes")
+    if new.sha256 == old.sha256:
+        return tuple(changes)
     new_weights, old_weights = (a.passport.source.get("sha256") for a in (new, old))
     changes.append("engine" if new_weights == old_weights else "weights")
     for what in ("precision", "commit"):

@@ -1,5 +1,6 @@
 """Releases into a repository that a real server serves: what clients see, what a kill leaves."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 from tests.integration.pictures import PNG
 from weaksam_rt.artifacts import ModelArtifact, load_artifact, write_manifest
+from weaksam_rt.cli import main
 from weaksam_rt.client import WeakSamClient
 from weaksam_rt.contracts import DETECTOR
 from weaksam_rt.errors import ServerUnavailableError, WeakSamError
@@ -172,6 +174,34 @@ def test_an_engine_that_does_not_load_changes_nothing(live, old, tmp_path):
         assert client.detect(PNG).version == before
     assert check_model_repository(repository) == []
     assert not (repository / JOURNAL_NAME).exists()
+
+
+def test_the_list_of_models_says_what_changed(live, old, new, capsys):
+    repository, server, control = live
+    report = publish(repository, old, control, check_engine=nothing, watch=nothing)
+    report = publish(repository, new, control, check_engine=nothing, watch=nothing)
+    version = report.release.version
+    with WeakSamClient(server.grpc_address) as client:
+        served = {(m.name, int(m.version)): m for m in client.models() if m.is_ready}
+    assert set(served) == {(DETECTOR, version), (DETECT, version)}
+    summary = served[DETECTOR, version].summary
+    assert {"class ruby added", "class red dropped"} <= set(summary.changes)
+    assert summary.engine == "onnxruntime"
+    listed = json.loads(run_cli(capsys, "models", "--json", "--url", server.grpc_address))
+    assert {m["version"] for m in listed if m["is_ready"]} == {str(version)}
+    table = run_cli(capsys, "models", repository)
+    assert "live" in table
+    assert "kept" in table
+    on_disk = json.loads(run_cli(capsys, "models", repository, "--json"))
+    assert [m["version"] for m in on_disk if m["is_live"]] == [version]
+    assert "class ruby added" in on_disk[-1]["changes"]
+
+
+def run_cli(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
 
 
 def test_only_as_many_versions_stay_as_asked_for(live, new):

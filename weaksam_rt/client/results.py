@@ -54,6 +54,24 @@ class ProposeResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSummary:
+    """What an engine's passport says, as far as a server passes it on."""
+
+    engine: str
+    """What runs it, as in ``onnxruntime``."""
+    precision: str
+    """Of its arithmetic, as in ``fp32``; empty: not recorded."""
+    parity: float | None
+    """Largest difference from PyTorch of any output, relative; None: not recorded."""
+    ap50: float | None
+    """In [0, 1], on the data of its release; None: not recorded."""
+    created_at: str
+    """UTC, ISO 8601; empty: not recorded."""
+    changes: tuple[str, ...]
+    """What differs from the version before; empty for a first version."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServedModel:
     """One model version that the server knows."""
 
@@ -62,3 +80,5 @@ class ServedModel:
     is_ready: bool
     reason: str
     """Why it is not ready; empty if it is."""
+    summary: EngineSummary | None = None
+    """Of an engine that a served pipeline calls in this version."""
