@@ -46,6 +46,10 @@ from weaksam_rt.pipeline import PipelineModels
 
 Profile = Literal["embedded", "container"]
 PROFILES: tuple[Profile, ...] = ("embedded", "container")
+CONTAINER_IMAGE = "nvcr.io/nvidia/tritonserver:24.12-py3"
+"""What the ``container`` profile is written for; ``triton_models/Dockerfile`` builds on it."""
+CONTAINER_PYTHON = "3.12"
+"""The Python in that image."""
 _P = TypeVar("_P", DetectorParameters, VitClassifierParameters, SamParameters)
 
 CONFIG_NAME = "config.pbtxt"
