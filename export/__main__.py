@@ -1,14 +1,18 @@
-"""``python -m export models|repository|snapshot``: checkpoints to verified engines, engines to a
-repository.
+"""``python -m export``: checkpoints to verified engines, engines to a repository, and a new engine
+into a repository that is being served.
 """
 
-import dataclasses
 import logging
+import os
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import torch
 import tyro
 
+from export.accept import accept_onnx
 from export.exportable import (
     Exportable,
     classifier_exportable,
@@ -18,10 +22,15 @@ from export.exportable import (
 )
 from export.half_weights import round_weights_, store_weights_as_half
 from export.onnx_from_module import OPSET, onnx_from_module
-from export.verify import parity
-from training.engine.stage import git_commit, package_versions
-from weaksam_rt.artifacts import ModelArtifact, write_manifest
-from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
+from export.refit import renamed_weights
+from export.release import Method, ReleaseRules, release_detector
+from training.data.coco import load_coco_folder
+from weaksam_rt.artifacts import ModelArtifact, upgrade_manifest
+from weaksam_rt.client import ClientConfig, ClientTls
+from weaksam_rt.contracts import DETECTOR
+from weaksam_rt.errors import ArtifactError, WeakSamError
+from weaksam_rt.files import write_json
+from weaksam_rt.model_control import ModelControl
 from weaksam_rt.model_repository import (
     PROFILES,
     Profile,
@@ -29,8 +38,10 @@ from weaksam_rt.model_repository import (
     load_exported_models,
     write_repository_snapshot,
 )
+from weaksam_rt.releases import roll_back
 
 _LOGGER = logging.getLogger(__name__)
+_DEFAULT_RULES = ReleaseRules()
 
 
 def export_model(
@@ -51,43 +62,28 @@ def export_model(
     """
     path = directory / "model.onnx"
     contract = exportable.contract
+    start = time.perf_counter()
     if half_weights:
         round_weights_(exportable.module)
     onnx_from_module(exportable.module, contract, example_tensors(exportable.inputs[0]), path)
     if half_weights:
         store_weights_as_half(path)
-    provenance: dict[str, Any] = {
-        "source": exportable.source,
-        "exporter": {"name": "torch.onnx dynamo", "opset": OPSET, "half_weights": half_weights},
-        "tolerance": dataclasses.asdict(exportable.tolerance),
-        "commit": git_commit(),
-        "versions": package_versions(),
+    seconds = round(time.perf_counter() - start, 3)
+    exporter = {
+        "name": "torch.onnx dynamo",
+        "opset": OPSET,
+        "half_weights": half_weights,
+        "seconds": seconds,
     }
-
-    def manifest(parity_figures: dict[str, Any]) -> ModelArtifact:
-        return write_manifest(
-            path,
-            model=exportable.model,
-            engine="onnxruntime",
-            parameters=exportable.parameters,
-            provenance={**provenance, "parity": parity_figures},
-        )
-
-    unverified = manifest({})
-    try:
-        figures = parity(
-            exportable.module,
-            OnnxRuntimeModel(unverified),
-            contract,
-            exportable.inputs,
-            exportable.tolerance,
-        )
-    except Exception:
-        (directory / "manifest.json").unlink()
-        raise
-    for name, result in figures.items():
+    provenance = {
+        "exporter": exporter,
+        "precision": "fp32/fp16 weights" if half_weights else "fp32",
+        "weights": renamed_weights(path, exportable.module),
+    }
+    artifact = accept_onnx(path, exportable, provenance)
+    for name, result in artifact.passport.parity.items():
         _LOGGER.info("%s.%s: max error %.2g", contract.name, name, result["max_abs_error"])
-    return manifest(figures)
+    return artifact
 
 
 def models(
@@ -156,8 +152,112 @@ def snapshot(
         )
 
 
-if __name__ == "__main__":
+def release(
+    repository: Annotated[Path, tyro.conf.Positional],
+    *,
+    detector: Path,
+    data: Path,
+    url: str = "127.0.0.1:8001",
+    root_certificates: Path | None = None,
+    method: Method = "auto",
+    rules: Annotated[ReleaseRules, tyro.conf.arg(name="")] = _DEFAULT_RULES,
+    niceness: int = 10,
+    report: Path | None = None,
+) -> None:
+    """Serve a newly trained detector: build or refit, verify, compare, switch, watch.
+
+    Whatever fails, the version before is served as before; a release that was killed is undone by
+    `weaksam serve`, or by the next release.
+
+    Args:
+        repository: The model repository that the server serves.
+        detector: Weights of training.retrain_detector.
+        data: Folder with images/ and instances.json: AP50 of candidate and live version.
+        url: Host and gRPC port of `weaksam serve REPOSITORY --allow-releases`.
+        root_certificates: PEM file of the authorities to trust, for an encrypted server.
+        method: auto refits where only weights changed, and exports otherwise.
+        rules: What the candidate must fulfil.
+        niceness: How far this process steps back behind the server on the same machine, 0 to 19.
+        report: JSON file with figures and times.
+    """
+    os.nice(niceness)
+    torch.set_num_threads(1)
+    with _control(url, root_certificates) as control:
+        summary = release_detector(
+            repository,
+            detector_exportable(detector),
+            load_coco_folder(data),
+            control,
+            export=lambda exportable, folder, half: export_model(
+                exportable, folder, half_weights=half
+            ),
+            method=method,
+            rules=rules,
+            on_step=lambda step: _LOGGER.info("  %s", step),
+        )
+    built = summary.live_build_seconds
+    _LOGGER.info(
+        "version %d is served: %s and verification %.1f s (exporting the live one took %s), "
+        "AP50 %.2f (was %.2f)",
+        summary.report.release.version, summary.method, summary.build_seconds,
+        "an unknown time" if built is None else f"{built:.1f} s",
+        100 * summary.ap50, 100 * summary.live_ap50,
+    )  # fmt: skip
+    if report is not None:
+        write_json(report, summary.to_json())
+
+
+def rollback(
+    repository: Annotated[Path, tyro.conf.Positional],
+    *,
+    to: int | None = None,
+    model: str = DETECTOR,
+    url: str = "127.0.0.1:8001",
+    root_certificates: Path | None = None,
+) -> None:
+    """Serve an earlier version again.
+
+    Args:
+        repository: The model repository that the server serves.
+        to: The version; by default the one that the last release replaced.
+        model: The engine that was released.
+        url: Host and gRPC port of `weaksam serve REPOSITORY --allow-releases`.
+        root_certificates: PEM file of the authorities to trust, for an encrypted server.
+    """
+    with _control(url, root_certificates) as control:
+        done = roll_back(repository, model, control, to=to)
+    _LOGGER.info("version %d is served, %.1f s", done.release.version, sum(done.seconds.values()))
+
+
+def passport(models: Annotated[Path, tyro.conf.Positional], *, created_at: str = "") -> None:
+    """Give exported models of the first manifest format their passports; engines stay as they are.
+
+    Args:
+        models: Folder with one subfolder for each exported model, or one such subfolder.
+        created_at: When they were exported (ISO 8601 with a time zone), if that is known.
+    """
+    folders = sorted(path.parent for path in models.glob("**/manifest.json"))
+    if not folders:
+        raise ArtifactError(f"{models} holds no exported models")
+    for folder in folders:
+        done = upgrade_manifest(folder, created_at=created_at)
+        _LOGGER.info("%s: %s", folder, "upgraded" if done else "has its passport already")
+
+
+def _control(url: str, root_certificates: Path | None) -> ModelControl:
+    tls = None if root_certificates is None else ClientTls(root_certificates=root_certificates)
+    return ModelControl(url, ClientConfig(tls=tls))
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line, and the exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    tyro.extras.subcommand_cli_from_dict(
-        {"models": models, "repository": repository, "snapshot": snapshot}
-    )
+    commands = {f.__name__: f for f in (models, repository, snapshot, release, rollback, passport)}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m export")
+    except WeakSamError as error:
+        sys.exit(f"error: {type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,8 @@ Pure functions: nothing here reads or writes files. ``weaksam_rt.repository_chec
 with Triton's own message type and compares it with the contract again.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from weaksam_rt.contracts import ModelContract, TensorSpec
@@ -19,6 +21,9 @@ TRITON_TYPES = {
 
 THREADS_PARAMETER = "intra_op_num_threads"
 """The key under ``parameters`` that says how many threads one operator of an engine may use."""
+
+PASSPORTS_PARAMETER = "passports"
+"""The key under ``parameters`` of a pipeline that says which engines it calls, as JSON."""
 
 _WARM_UP_SIZE = 2
 """What a warm-up request puts where the contract leaves a size open."""
@@ -82,6 +87,8 @@ class ModelSettings:
     warms_up: bool = False
     """Run one request of zeros before the model counts as ready."""
     parameters: tuple[tuple[str, str], ...] = ()
+    version: int = 1
+    """The version folder that is served."""
 
     def __post_init__(self) -> None:
         if self.backend not in ("python", "onnxruntime"):
@@ -115,13 +122,55 @@ def _header(contract: ModelContract, settings: ModelSettings) -> str:
         f'name: "{contract.name}"',
         f'backend: "{settings.backend}"',
         f"max_batch_size: {contract.max_batch_size}",
-        "version_policy { latest { num_versions: 1 } }",
+        version_policy((settings.version,)),
     ]
     if settings.backend == "onnxruntime":
         lines.insert(4, 'platform: "onnxruntime_onnx"')
     if settings.engine_file is not None:
         lines.append(f'default_model_filename: "{settings.engine_file}"')
     return "\n".join(lines)
+
+
+def version_policy(versions: Iterable[int]) -> str:
+    """The line that names the versions to serve. Folders alone never decide it: one that is being
+    written or kept for a way back is not served by accident.
+    """
+    return f"version_policy {{ specific {{ versions: [ {', '.join(map(str, versions))} ] }} }}"
+
+
+def with_versions(text: str, versions: Iterable[int]) -> str:
+    """A ``config.pbtxt`` that serves ``versions`` and is otherwise the same.
+
+    Raises:
+        ValueError: The text has no ``version_policy`` line of ours.
+    """
+    return _with_line(text, r"version_policy \{ specific .*\}", version_policy(versions))
+
+
+def with_parameter(text: str, key: str, value: str) -> str:
+    """A ``config.pbtxt`` with another value for a parameter that it has.
+
+    Raises:
+        ValueError: The text has no such parameter on a line of its own.
+    """
+    return _with_line(
+        text, rf'parameters \{{ key: "{re.escape(key)}" .*\}}', _parameter(key, value)
+    )
+
+
+def with_label_file(text: str, name: str) -> str:
+    """A ``config.pbtxt`` whose labelled outputs take their names from another file."""
+    return re.sub(r'label_filename: "[^"]*"', f'label_filename: "{name}"', text)
+
+
+def _with_line(text: str, pattern: str, line: str) -> str:
+    changed, count = re.subn(rf"(?m)^{pattern}$", lambda _: line, text)
+    if count != 1:
+        raise ValueError(
+            f"found {count} lines for {line.split('{')[0].strip()}, expected 1; the file was not "
+            "written by this version, build the model repository again"
+        )
+    return changed
 
 
 def _tensors(kind: str, specs: tuple[TensorSpec, ...], settings: ModelSettings) -> str:
@@ -183,4 +232,5 @@ def _zeros(spec: TensorSpec) -> str:
 
 
 def _parameter(key: str, value: str) -> str:
-    return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'parameters {{ key: "{key}" value {{ string_value: "{escaped}" }} }}'

@@ -36,6 +36,7 @@ from weaksam_rt.contracts import (
 )
 from weaksam_rt.errors import ArtifactError, ContractError
 from weaksam_rt.model_config import (
+    PASSPORTS_PARAMETER,
     THREADS_PARAMETER,
     ModelSettings,
     ServingOptions,
@@ -45,12 +46,22 @@ from weaksam_rt.pipeline import PipelineModels
 
 Profile = Literal["embedded", "container"]
 PROFILES: tuple[Profile, ...] = ("embedded", "container")
+CONTAINER_IMAGE = "nvcr.io/nvidia/tritonserver:24.12-py3"
+"""What the ``container`` profile is written for; ``triton_models/Dockerfile`` builds on it."""
+CONTAINER_PYTHON = "3.12"
+"""The Python in that image."""
 _P = TypeVar("_P", DetectorParameters, VitClassifierParameters, SamParameters)
 
 CONFIG_NAME = "config.pbtxt"
 PIPELINE_NAME = "pipeline.json"
 LABELS_NAME = "labels.txt"
 SETTINGS_NAME = "pipeline.toml"
+
+LOCK_NAME = "release.lock"
+JOURNAL_NAME = "release.json"
+HISTORY_NAME = "releases.json"
+RELEASE_FILES = (LOCK_NAME, JOURNAL_NAME, HISTORY_NAME)
+"""Files beside the models that releases leave in a repository; the server does not read them."""
 
 _LABEL_OUTPUTS = {DETECTOR: ("labels",), VIT_CLASSIFIER: ("logits",)}
 _PIPELINE_CLASSES = {
@@ -129,6 +140,7 @@ def plan_model_repository(
     options = options or ServingOptions()
     by_model = _artifacts_by_model(artifacts)
     models = pipeline_models(by_model)
+    served = member_contracts(models)
     pipelines = served_pipelines(by_model)
     if not pipelines:
         raise ArtifactError(
@@ -143,7 +155,10 @@ def plan_model_repository(
     if WEAKSAM_PROPOSE.name in pipelines:
         texts |= _clustering_texts(models, config, profile, version)
     for pipeline in pipelines:
-        texts |= _pipeline_texts(pipeline, models, config, options, version)
+        members = [name for name in MEMBERS_OF_PIPELINE[pipeline] if name in served]
+        file = PipelineFile(models=models, config=config, members=dict.fromkeys(members, version))
+        engines = {name: by_model[name] for name in members if name in by_model}
+        texts |= _pipeline_texts(pipeline, file, engines, options, version)
     return RepositoryPlan(texts=texts, copies=copies)
 
 
@@ -162,17 +177,21 @@ def pipeline_models(artifacts: Mapping[str, ModelArtifact]) -> PipelineModels:
 
 def member_contracts(models: PipelineModels) -> dict[str, ModelContract]:
     """The contracts of all models that pipelines with these parameters can call, by name."""
-    parameters: dict[str, Parameters | None] = {
+    return {
+        name: engine_contract(name, value)
+        for name, value in member_parameters(models).items()
+        if value is not None
+    }
+
+
+def member_parameters(models: PipelineModels) -> dict[str, Parameters | None]:
+    """The parameters of every member model by name; None: not served."""
+    return {
         DETECTOR: models.detector,
         VIT_CLASSIFIER: models.vit_classifier,
         PROMPT_CLUSTERING: ClusteringParameters(),
         SAM_IMAGE_ENCODER: models.sam,
         SAM_MASK_DECODER: models.sam,
-    }
-    return {
-        name: engine_contract(name, value)
-        for name, value in parameters.items()
-        if value is not None
     }
 
 
@@ -236,6 +255,7 @@ def _engine_texts(
         label_outputs=_LABEL_OUTPUTS.get(artifact.model, ()),
         warms_up=True,
         parameters=((THREADS_PARAMETER, str(options.engine_threads)),),
+        version=version,
     )
     texts = {}
     if profile == "container":
@@ -247,9 +267,7 @@ def _engine_texts(
             parameters=(("intra_op_thread_count", str(options.engine_threads)),),
         )
     else:
-        texts[f"{artifact.model}/{version}/model.py"] = _model_py(
-            artifact.model, "engine_model", "EngineModel"
-        )
+        texts[f"{artifact.model}/{version}/model.py"] = engine_model_py(artifact.model)
     if settings.label_outputs:
         names: tuple[str, ...] = getattr(artifact.parameters, "class_names", ())
         texts[f"{artifact.model}/{LABELS_NAME}"] = "".join(f"{name}\n" for name in names)
@@ -259,17 +277,24 @@ def _engine_texts(
 
 def _engine_copies(artifact: ModelArtifact, version: int) -> dict[str, Path]:
     folder = f"{artifact.model}/{version}"
-    return {
-        f"{folder}/{artifact.path.name}": artifact.path,
-        f"{folder}/{MANIFEST_NAME}": artifact.path.parent / MANIFEST_NAME,
-    }
+    return {f"{folder}/{path.name}": path for path in artifact_files(artifact)}
+
+
+def artifact_files(artifact: ModelArtifact) -> tuple[Path, ...]:
+    """Every file of an artifact: the engine, what belongs to it, and the manifest."""
+    return (artifact.path, *artifact.extra_files, artifact.path.parent / MANIFEST_NAME)
+
+
+def engine_model_py(model: str) -> str:
+    """``model.py`` of an engine in the embedded profile."""
+    return _model_py(model, "engine_model", "EngineModel")
 
 
 def _clustering_texts(
     models: PipelineModels, config: PipelineConfig, profile: Profile, version: int
 ) -> dict[str, str]:
     contract = engine_contract(PROMPT_CLUSTERING, ClusteringParameters())
-    settings = ModelSettings(backend="python", batches_requests=False)
+    settings = ModelSettings(backend="python", batches_requests=False, version=version)
     if profile == "container":
         # On a GPU where there is one; then maps may stay there.
         settings = replace(
@@ -277,18 +302,19 @@ def _clustering_texts(
             instance_kind="KIND_AUTO",
             parameters=(("FORCE_CPU_ONLY_INPUT_TENSORS", "no"),),
         )
+    file = PipelineFile(models=models, config=config, members={})
     folder = f"{PROMPT_CLUSTERING}/{version}"
     return {
         f"{PROMPT_CLUSTERING}/{CONFIG_NAME}": config_text(contract, settings, ServingOptions()),
         f"{folder}/model.py": _model_py(PROMPT_CLUSTERING, "clustering_model", "ClusteringModel"),
-        f"{folder}/{PIPELINE_NAME}": pipeline_text(models, config),
+        f"{folder}/{PIPELINE_NAME}": pipeline_text(file),
     }
 
 
 def _pipeline_texts(
     pipeline: str,
-    models: PipelineModels,
-    config: PipelineConfig,
+    file: "PipelineFile",
+    engines: Mapping[str, ModelArtifact],
     options: ServingOptions,
     version: int,
 ) -> dict[str, str]:
@@ -300,13 +326,15 @@ def _pipeline_texts(
         batches_requests=True,
         queue_is_bounded=True,
         instances=options.pipeline_instances,
+        parameters=((PASSPORTS_PARAMETER, passports_text(engines, file.members)),),
+        version=version,
     )
     return {
         f"{pipeline}/{CONFIG_NAME}": config_text(PIPELINE_CONTRACTS[pipeline], settings, options),
         f"{pipeline}/{version}/model.py": _model_py(
             pipeline, "pipeline_models", _PIPELINE_CLASSES[pipeline]
         ),
-        f"{pipeline}/{version}/{PIPELINE_NAME}": pipeline_text(models, config),
+        f"{pipeline}/{version}/{PIPELINE_NAME}": pipeline_text(file),
     }
 
 
@@ -318,13 +346,60 @@ def _model_py(model: str, module: str, name: str) -> str:
     )
 
 
-def pipeline_text(models: PipelineModels, config: PipelineConfig) -> str:
-    """``pipeline.json``: what a pipeline model needs to know about its members."""
-    content = {"models": models.to_json(), "config": config.to_json()}
+def passports_text(
+    engines: Mapping[str, ModelArtifact],
+    versions: Mapping[str, int],
+    changes: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """What a pipeline's config says about the engines it calls, as JSON on one line.
+
+    Args:
+        engines: By model.
+        versions: Of each model.
+        changes: By model: what differs from the version before.
+    """
+    content = {
+        name: {
+            "version": versions[name],
+            "engine": artifact.engine,
+            "precision": artifact.passport.precision,
+            "parity": _three_digits(artifact.passport.worst_parity),
+            "ap50": artifact.passport.task_metrics.get("ap50"),
+            "created_at": artifact.passport.created_at,
+            "changes": list((changes or {}).get(name, ())),
+        }
+        for name, artifact in engines.items()
+    }
+    return json.dumps(content)
+
+
+def _three_digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineFile:
+    """What a pipeline model needs to know about its members: ``pipeline.json``."""
+
+    models: PipelineModels
+    config: PipelineConfig
+    members: Mapping[str, int]
+    """The version of each member that this version of the pipeline calls, and no other: every
+    answer comes from one set of engines, whatever else is loaded at the time.
+    """
+
+
+def pipeline_text(file: PipelineFile) -> str:
+    """``pipeline.json``."""
+    content = {
+        "models": file.models.to_json(),
+        "config": file.config.to_json(),
+        "members": dict(file.members),
+    }
     return json.dumps(content, indent=2) + "\n"
 
 
-def read_pipeline_file(path: Path) -> tuple[PipelineModels, PipelineConfig]:
+def read_pipeline_file(path: Path) -> PipelineFile:
     """What ``pipeline_text`` wrote.
 
     Raises:
@@ -332,11 +407,15 @@ def read_pipeline_file(path: Path) -> tuple[PipelineModels, PipelineConfig]:
     """
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        return (
-            PipelineModels.from_json(content["models"]),
-            PipelineConfig.from_json(content["config"]),
+        members = content["members"]
+        if not all(type(version) is int and version > 0 for version in members.values()):
+            raise ValueError(f"members are {members}, expected a version for each name")
+        return PipelineFile(
+            models=PipelineModels.from_json(content["models"]),
+            config=PipelineConfig.from_json(content["config"]),
+            members=members,
         )
-    except (OSError, ValueError, KeyError, TypeError, ContractError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ContractError) as error:
         raise ArtifactError(
             f"{path} does not describe a pipeline ({error}); build the model repository again"
         ) from error
@@ -404,7 +483,11 @@ def _check_replaceable(output: Path) -> None:
     if not output.exists():
         return
     strangers = (
-        sorted(p.name for p in output.iterdir() if not (p / CONFIG_NAME).is_file())
+        sorted(
+            p.name
+            for p in output.iterdir()
+            if p.name not in RELEASE_FILES and not (p / CONFIG_NAME).is_file()
+        )
         if output.is_dir()
         else [output.name]
     )

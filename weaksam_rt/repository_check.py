@@ -4,7 +4,7 @@
 a config edited by hand cannot drift from what export, server and client believe.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from weaksam_rt.contracts import (
     SAM_MASK_DECODER,
     WEAKSAM_DETECT,
     ModelContract,
+    Parameters,
     TensorSpec,
 )
 from weaksam_rt.errors import ArtifactError
@@ -28,7 +29,9 @@ from weaksam_rt.model_config import TRITON_TYPES
 from weaksam_rt.model_repository import (
     CONFIG_NAME,
     PIPELINE_NAME,
+    PipelineFile,
     member_contracts,
+    member_parameters,
     read_pipeline_file,
 )
 from weaksam_rt.pipeline import PipelineModels
@@ -77,7 +80,21 @@ def _check_model(folder: Path, with_engines: bool) -> list[str]:
         problems.append("it has no version folder")
     for version in versions:
         problems += _check_version(folder, version, config, with_engines)
+    if versions:
+        problems += _check_live_versions(config, [int(version.name) for version in versions])
     return problems + list(_missing_label_files(folder, config))
+
+
+def _check_live_versions(config: Any, on_disk: Sequence[int]) -> list[str]:
+    """Does the config name versions, and are they there?"""
+    named = tuple(config.version_policy.specific.versions)
+    if not named:
+        return ["its config does not name the versions to serve; build the repository again"]
+    return [
+        f"its config serves version {version}, the folders are {sorted(on_disk)}"
+        for version in named
+        if version not in on_disk
+    ]
 
 
 def read_model_config(path: Path) -> Any:
@@ -96,13 +113,16 @@ def _check_version(folder: Path, version: Path, config: Any, with_engines: bool)
     if folder.name in ENGINE_MODELS and folder.name != PROMPT_CLUSTERING:
         return problems + (_check_engine(folder, version, config) if with_engines else [])
     try:
-        models, _ = read_pipeline_file(version / PIPELINE_NAME)
+        file = read_pipeline_file(version / PIPELINE_NAME)
     except ArtifactError as error:
         return [*problems, str(error)]
-    contract = _contract_of(folder.name, models)
+    contract = _contract_of(folder.name, file.models)
     if contract is None:
         return [*problems, "no pipeline or engine of ours has this name"]
-    return problems + contract_differences(config, contract) + _check_siblings(folder, models)
+    problems += contract_differences(config, contract) + _check_siblings(folder, file.models)
+    if int(version.name) in config.version_policy.specific.versions:
+        problems += _check_called_versions(folder, file, with_engines)
+    return problems
 
 
 def _check_engine(folder: Path, version: Path, config: Any) -> list[str]:
@@ -117,6 +137,36 @@ def _check_engine(folder: Path, version: Path, config: Any) -> list[str]:
         problems.append(f"its config opens {config.default_model_filename!r}, the engine is "
                         f"{artifact.path.name!r}")  # fmt: skip
     return problems
+
+
+def _check_called_versions(folder: Path, file: PipelineFile, with_engines: bool) -> list[str]:
+    """Are the versions that a live pipeline calls served, and are they what it takes them for?"""
+    problems = []
+    expected = member_parameters(file.models)
+    for member, version in file.members.items():
+        try:
+            config = read_model_config(folder.parent / member / CONFIG_NAME)
+        except (OSError, text_format.ParseError):
+            continue  # reported for the member itself
+        named = list(config.version_policy.specific.versions)
+        if version not in named:
+            problems.append(f"it calls version {version} of {member}, which serves {named}")
+        elif with_engines and member != PROMPT_CLUSTERING:
+            problems += _differing_engine(folder.parent / member / str(version), expected[member])
+    return problems
+
+
+def _differing_engine(folder: Path, expected: Parameters | None) -> list[str]:
+    try:
+        found = load_artifact(folder).parameters
+    except ArtifactError:
+        return []  # reported for the member itself
+    if found == expected:
+        return []
+    return [
+        f"its {PIPELINE_NAME} takes {folder.parent.name} version {folder.name} for {expected}, the "
+        f"engine has {found}"
+    ]
 
 
 def _check_siblings(folder: Path, models: PipelineModels) -> list[str]:

@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +27,7 @@ from types import FrameType, TracebackType
 
 import weaksam_rt
 from weaksam_rt.errors import ServerUnavailableError
+from weaksam_rt.live_repository import compile_model_files
 
 _LOGGER = logging.getLogger(__name__)
 _POLL_S = 0.05
@@ -76,7 +77,8 @@ class ServerOptions:
     """Encrypts the gRPC port; None leaves it plain."""
     load_models: tuple[str, ...] | None = None
     """None loads every model and fixes them. Otherwise models can be loaded and unloaded while the
-    server runs, and these are loaded at the start.
+    server runs, by everyone who reaches its ports, and these are loaded at the start; ``"*"`` is
+    all of them.
     """
     log_verbosity: int = 0
     """Triton's ``--log-verbose``, at least 0."""
@@ -173,8 +175,11 @@ class EmbeddedServer:
         said = [line for line in lines if not line.startswith(("|", "+-"))]  # no tables
         return "\n".join(said[-num_lines:])
 
-    def wait(self) -> None:
+    def wait(self, on_poll: Callable[[], None] = lambda: None) -> None:
         """Block until SIGTERM or SIGINT arrives, then stop; call it from the main thread.
+
+        Args:
+            on_poll: Called several times a second; it should return soon.
 
         Raises:
             ServerUnavailableError: The server ended by itself.
@@ -182,6 +187,7 @@ class EmbeddedServer:
         with _stop_signals() as received:
             while not received and self.is_alive:
                 time.sleep(4 * _POLL_S)
+                on_poll()
             if received:
                 _LOGGER.info("%s: stopping the server", signal.Signals(received[0]).name)
             else:
@@ -206,6 +212,7 @@ class EmbeddedServer:
         scratch = Path(
             self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="weaksam-server-"))
         )
+        compile_model_files(self._repository)
         self._ports = _choose_ports(self._options)
         self._log_file = self._options.log_file or scratch / "server.log"
         self._log_file.parent.mkdir(parents=True, exist_ok=True)

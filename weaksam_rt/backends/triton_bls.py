@@ -19,9 +19,10 @@ from weaksam_rt.wire_errors import error_from_text
 class BlsBackend:
     """An ``InferenceBackend`` over the server's own queue: no network, arrays in shared memory."""
 
-    def __init__(self, contracts: Mapping[str, ModelContract]) -> None:
-        """Call the models of these contracts, by name."""
-        self._contracts = dict(contracts)
+    def __init__(self, contracts: Mapping[str, ModelContract], versions: Mapping[str, int]) -> None:
+        """Call the models of these contracts, by name, each in one version."""
+        self._contracts = {name: contracts[name] for name in versions}
+        self._versions = dict(versions)
 
     async def infer(
         self, model: str, inputs: Arrays, outputs: Sequence[str] | None = None
@@ -34,6 +35,7 @@ class BlsBackend:
         names = [spec.name for spec in contract.outputs] if outputs is None else list(outputs)
         request = pb_utils.InferenceRequest(
             model_name=model,
+            model_version=self._versions[model],
             requested_output_names=names,
             inputs=[
                 pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()

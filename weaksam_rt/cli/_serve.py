@@ -1,9 +1,11 @@
 """``weaksam serve``: a folder of models to a running server."""
 
+import logging
 import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -12,9 +14,14 @@ import tyro
 from rich.console import Console
 
 from weaksam_rt.artifacts import MANIFEST_NAME
-from weaksam_rt.errors import ArtifactError
+from weaksam_rt.client import ClientConfig, ClientTls
+from weaksam_rt.errors import ArtifactError, WeakSamError
+from weaksam_rt.model_control import ModelControl
 from weaksam_rt.model_repository import CONFIG_NAME, build_model_repository, load_exported_models
+from weaksam_rt.releases import recover
 from weaksam_rt.server import EmbeddedServer, ServerOptions, ServerTls
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -61,6 +68,7 @@ def serve(
     tls_key: Path | None = None,
     tls_client_root: Path | None = None,
     log_file: Path | None = None,
+    allow_releases: bool = False,
 ) -> int:
     """Serve models on a real Triton server until interrupted.
 
@@ -78,12 +86,19 @@ def serve(
         tls_key: PEM file of the certificate's private key.
         tls_client_root: PEM file; only clients with a certificate signed by it are let in.
         log_file: Keep Triton's log there.
+        allow_releases: Let `python -m export release` replace engines while the server runs; needs
+            a model repository. Whoever reaches the ports can then load and unload models.
     """
     if (tls_certificate is None) != (tls_key is None):
         raise ValueError("tls_certificate and tls_key belong together; give both or neither")
     tls = None
     if tls_certificate is not None and tls_key is not None:
         tls = ServerTls(certificate=tls_certificate, key=tls_key, client_root=tls_client_root)
+    if allow_releases and not any(models.glob(f"*/{CONFIG_NAME}")):
+        raise ValueError(
+            f"{models} is no model repository, and releases need one that stays; build it with "
+            "`python -m export repository`"
+        )
     options = ServerOptions(
         host=host,
         grpc_port=grpc_port,
@@ -91,6 +106,7 @@ def serve(
         metrics_port=metrics_port,
         tls=tls,
         log_file=log_file,
+        load_models=("*",) if allow_releases else None,
     )
     console = Console()
     # Without it a SIGTERM before the server is up would end this process and leave Triton behind.
@@ -98,11 +114,32 @@ def serve(
     with ExitStack() as stack:
         with console.status("starting Triton ..."):
             repository = stack.enter_context(repository_of(models, config))
+            recover(repository, None)
             server = stack.enter_context(EmbeddedServer(repository, options))
         console.print(f"ready: gRPC {server.grpc_address}, {server.http_url}")
         console.print(f"metrics: {server.metrics_url}   stop: Ctrl-C")
-        server.wait()
+        if allow_releases:
+            control = stack.enter_context(ModelControl(server.grpc_address, _own_config(tls)))
+            server.wait(partial(_clean_up, repository, control))
+        else:
+            server.wait()
     return 0
+
+
+def _clean_up(repository: Path, control: ModelControl) -> None:
+    """Undo or finish a release whose process died; what fails is tried again by the next call."""
+    try:
+        recover(repository, control)
+    except WeakSamError as error:
+        _LOGGER.warning("an interrupted release could not be cleaned up yet: %s", error)
+
+
+def _own_config(tls: ServerTls | None) -> ClientConfig:
+    """How this process reaches its own server."""
+    if tls is None:
+        return ClientConfig()
+    trusted = ClientTls(root_certificates=tls.certificate)
+    return ClientConfig(tls=trusted)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -3,7 +3,13 @@
 from weaksam_rt.client._aio import AsyncWeakSamClient
 from weaksam_rt.client._sync import WeakSamClient
 from weaksam_rt.client.config import ClientConfig, ClientTls
-from weaksam_rt.client.results import DetectOutcome, DetectResult, ProposeResult, ServedModel
+from weaksam_rt.client.results import (
+    DetectOutcome,
+    DetectResult,
+    EngineSummary,
+    ProposeResult,
+    ServedModel,
+)
 
 __all__ = [
     "AsyncWeakSamClient",
@@ -11,6 +17,7 @@ __all__ = [
     "ClientTls",
     "DetectOutcome",
     "DetectResult",
+    "EngineSummary",
     "ProposeResult",
     "ServedModel",
     "WeakSamClient",

@@ -1,5 +1,6 @@
 """The blocking client."""
 
+import contextlib
 import random
 import time
 from collections import deque
@@ -25,8 +26,10 @@ from weaksam_rt.client.config import ClientConfig
 from weaksam_rt.client.messages import (
     Call,
     detect_call,
+    engine_summaries,
     propose_call,
     read_image_bytes,
+    ready_pipelines,
     segment_call,
     served_models,
 )
@@ -34,10 +37,11 @@ from weaksam_rt.client.results import (
     DetectOutcome,
     DetectResult,
     EncodedImage,
+    EngineSummary,
     ProposeResult,
     ServedModel,
 )
-from weaksam_rt.errors import WeakSamError
+from weaksam_rt.errors import ServerUnavailableError, WeakSamError
 from weaksam_rt.types import SegmentResult
 
 _T = TypeVar("_T")
@@ -209,10 +213,18 @@ class WeakSamClient:
         return bool(answer.ready)
 
     def models(self, *, timeout_s: float | None = None) -> list[ServedModel]:
-        """Every model that the server knows, by name."""
+        """Every model that the server knows, by name and version, with what the pipelines say about
+        their engines.
+        """
         deadline = Deadline.after(timeout_s or self._config.timeout_s)
         request = service_pb2.RepositoryIndexRequest()
-        return served_models(self._call(self._stub.RepositoryIndex, request, deadline))
+        index = self._call(self._stub.RepositoryIndex, request, deadline)
+        summaries: dict[tuple[str, str], EngineSummary] = {}
+        for name, version in ready_pipelines(index):
+            asked = service_pb2.ModelConfigRequest(name=name, version=version)
+            with contextlib.suppress(ServerUnavailableError):  # it left in the meantime
+                summaries |= engine_summaries(self._call(self._stub.ModelConfig, asked, deadline))
+        return served_models(index, summaries)
 
     def _read(self, image: EncodedImage) -> bytes:
         return read_image_bytes(image, self._config.max_image_bytes)

@@ -3,6 +3,7 @@
 Both clients are built on these, so they cannot differ in what they send or understand.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,22 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from weaksam_rt.bytes_tensors import bytes_array, bytes_from_raw, raw_from_bytes
-from weaksam_rt.client.results import DetectResult, EncodedImage, ProposeResult, ServedModel
+from weaksam_rt.client.results import (
+    DetectResult,
+    EncodedImage,
+    EngineSummary,
+    ProposeResult,
+    ServedModel,
+)
 from weaksam_rt.contracts import (
+    PIPELINE_CONTRACTS,
     WEAKSAM_DETECT,
     WEAKSAM_PROPOSE,
     WEAKSAM_SEGMENT,
     ModelContract,
 )
 from weaksam_rt.errors import ContractError, ImageError
+from weaksam_rt.model_config import PASSPORTS_PARAMETER
 from weaksam_rt.types import Detections, ImageSize, InstanceMasks, Proposals, SegmentResult
 
 _T = TypeVar("_T")
@@ -103,6 +112,7 @@ def _detect_result(response: Any, *, with_masks: bool) -> DetectResult:
             masks=masks,
         ),
         label_names=_texts(arrays["label_names"]),
+        version=_version(response),
     )
 
 
@@ -114,7 +124,11 @@ def _propose_result(response: Any) -> ProposeResult:
         sources=arrays["sources"],
         image_size=_image_size(arrays),
     )
-    return ProposeResult(proposals=proposals, used_tags=_texts(arrays["used_tags"]))
+    return ProposeResult(
+        proposals=proposals,
+        used_tags=_texts(arrays["used_tags"]),
+        version=_version(response),
+    )
 
 
 def _segment_result(response: Any) -> SegmentResult:
@@ -177,6 +191,11 @@ def _texts(items: NDArray[np.object_]) -> tuple[str, ...]:
     return tuple(item.decode() for item in items)
 
 
+def _version(response: Any) -> int:
+    """The version of the model that answered; 0 where the server does not say."""
+    return int(response.model_version or 0)
+
+
 def _image_size(arrays: Arrays) -> ImageSize:
     height, width = (int(side) for side in arrays["image_size"])
     return height, width
@@ -228,18 +247,64 @@ def arrays_from_response(contract: ModelContract, response: Any) -> dict[str, ND
     return {name: array[0] for name, array in arrays.items()}
 
 
-def served_models(index: Any) -> list[ServedModel]:
-    """What a ``RepositoryIndexResponse`` lists, by name."""
+def served_models(
+    index: Any, summaries: Mapping[tuple[str, str], EngineSummary] | None = None
+) -> list[ServedModel]:
+    """What a ``RepositoryIndexResponse`` lists, by name and version.
+
+    Args:
+        index: The response.
+        summaries: Of engines, by model and version.
+    """
     models = [
         ServedModel(
             name=model.name,
             version=model.version,
             is_ready=model.state == "READY",
             reason=model.reason,
+            summary=(summaries or {}).get((model.name, model.version)),
         )
         for model in index.models
     ]
-    return sorted(models, key=lambda model: (model.name, model.version))
+    return sorted(models, key=lambda model: (model.name, int(model.version or 0)))
+
+
+def ready_pipelines(index: Any) -> list[tuple[str, str]]:
+    """Name and version of every pipeline that answers requests."""
+    return [
+        (model.name, model.version)
+        for model in index.models
+        if model.name in PIPELINE_CONTRACTS and model.state == "READY"
+    ]
+
+
+def engine_summaries(response: Any) -> dict[tuple[str, str], EngineSummary]:
+    """What a pipeline's ``ModelConfigResponse`` says about the engines that it calls, by model and
+    version; empty if it says nothing.
+
+    Raises:
+        ContractError: It says something that this client does not understand.
+    """
+    text = response.config.parameters[PASSPORTS_PARAMETER].string_value
+    if not text:
+        return {}
+    try:
+        return {
+            (model, str(content["version"])): EngineSummary(
+                engine=content["engine"],
+                precision=content["precision"],
+                parity=content["parity"],
+                ap50=content["ap50"],
+                created_at=content["created_at"],
+                changes=tuple(content["changes"]),
+            )
+            for model, content in json.loads(text).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ContractError(
+            f"{response.config.name} describes its engines in a way that this client does not "
+            f"know ({error}); install the same version of weaksam-rt on both sides"
+        ) from error
 
 
 def _raw_from_array(array: NDArray[Any]) -> bytes:

@@ -17,6 +17,8 @@ class DetectResult:
     detections: Detections
     label_names: tuple[str, ...]
     """The class name of each detection."""
+    version: int
+    """The version of ``weaksam_detect`` that answered; it stands for one set of engines."""
 
     def __len__(self) -> int:
         return len(self.detections)
@@ -47,6 +49,26 @@ class ProposeResult:
     proposals: Proposals
     used_tags: tuple[str, ...]
     """The tags given, or those that the classifier saw."""
+    version: int
+    """The version of ``weaksam_propose`` that answered."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSummary:
+    """What an engine's passport says, as far as a server passes it on."""
+
+    engine: str
+    """What runs it, as in ``onnxruntime``."""
+    precision: str
+    """Of its arithmetic, as in ``fp32``; empty: not recorded."""
+    parity: float | None
+    """Largest difference from PyTorch of any output, relative; None: not recorded."""
+    ap50: float | None
+    """In [0, 1], on the data of its release; None: not recorded."""
+    created_at: str
+    """UTC, ISO 8601; empty: not recorded."""
+    changes: tuple[str, ...]
+    """What differs from the version before; empty for a first version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,3 +80,5 @@ class ServedModel:
     is_ready: bool
     reason: str
     """Why it is not ready; empty if it is."""
+    summary: EngineSummary | None = None
+    """Of an engine that a served pipeline calls in this version."""

@@ -30,7 +30,7 @@ class ClusteringModel:
             BackendUnavailableError: The instance is on a GPU that cannot run them.
         """
         folder = Path(args["model_repository"]) / args["model_version"]
-        _, config = read_pipeline_file(folder / PIPELINE_NAME)
+        config = read_pipeline_file(folder / PIPELINE_NAME).config
         self._contract = engine_contract(PROMPT_CLUSTERING, ClusteringParameters())
         clustering, device = config.clustering, 0
         if args["model_instance_kind"] == "GPU":

@@ -42,9 +42,10 @@ class _PipelineModel(ABC):
     def initialize(self, args: Mapping[str, str]) -> None:
         """Read what lies beside ``model.py`` and wake the image decoder."""
         folder = Path(args["model_repository"]) / args["model_version"]
-        self._models, config = read_pipeline_file(folder / PIPELINE_NAME)
-        backend = BlsBackend(member_contracts(self._models))
-        self._pipeline = WeakSamPipeline(backend, self._models, config)
+        file = read_pipeline_file(folder / PIPELINE_NAME)
+        self._models = file.models
+        backend = BlsBackend(member_contracts(self._models), file.members)
+        self._pipeline = WeakSamPipeline(backend, self._models, file.config)
         decode_image(_small_jpeg())
 
     async def execute(self, requests: Sequence[Any]) -> list[Any]:

@@ -51,8 +51,9 @@ def test_detection_is_served_without_sam(artifacts, tmp_path):
     build({DETECTOR: artifacts[DETECTOR]}, tmp_path / "repository")
     assert models_in(tmp_path / "repository") == {DETECTOR, "weaksam_detect"}
     assert check_model_repository(tmp_path / "repository") == []
-    models, _ = read_pipeline_file(tmp_path / "repository/weaksam_detect/1/pipeline.json")
-    assert models.sam is None
+    file = read_pipeline_file(tmp_path / "repository/weaksam_detect/1/pipeline.json")
+    assert file.models.sam is None
+    assert file.members == {DETECTOR: 1}
 
 
 def test_a_pipeline_whose_members_are_not_all_there_is_left_out(artifacts, tmp_path):
@@ -153,10 +154,10 @@ def test_class_names_are_published_as_labels(artifacts, tmp_path):
 
 def test_settings_and_sizes_travel_with_the_pipelines(artifacts, tmp_path):
     build(artifacts, tmp_path / "r")
-    models, config = read_pipeline_file(tmp_path / "r/weaksam_propose/1/pipeline.json")
-    assert config == CONFIG
-    assert models.detector == PARAMETERS[DETECTOR]
-    assert models.sam == SAM
+    file = read_pipeline_file(tmp_path / "r/weaksam_propose/1/pipeline.json")
+    assert file.config == CONFIG
+    assert file.models.detector == PARAMETERS[DETECTOR]
+    assert file.models.sam == SAM
 
 
 def test_a_version_gets_its_own_folder(artifacts, tmp_path):

@@ -42,8 +42,42 @@ def test_a_field_that_triton_does_not_know_is_found(repository):
 
 
 def test_a_damaged_engine_is_found(repository):
-    (repository / "detector/1/model.onnx").write_bytes(b"something else")
+    path = repository / "detector/1/model.onnx"
+    size = path.stat().st_size
+    path.write_bytes(b"x" * size)
     assert any("damaged or foreign" in p for p in check_model_repository(repository))
+    path.write_bytes(b"x" * (size - 1))
+    assert any("is truncated" in p for p in check_model_repository(repository))
+
+
+def test_a_config_that_serves_a_version_without_a_folder_is_found(repository):
+    edit(repository / "detector/config.pbtxt", "versions: [ 1 ]", "versions: [ 1, 2 ]")
+    assert check_model_repository(repository) == [
+        "detector: its config serves version 2, the folders are [1]"
+    ]
+
+
+def test_a_config_that_leaves_the_choice_of_version_to_the_folders_is_found(repository):
+    edit(
+        repository / "detector/config.pbtxt",
+        "specific { versions: [ 1 ] }",
+        "latest { num_versions: 1 }",
+    )
+    problems = check_model_repository(repository)
+    assert any("detector: its config does not name the versions" in p for p in problems)
+
+
+def test_a_pipeline_that_calls_a_version_that_is_not_served_is_found(repository):
+    edit(repository / "weaksam_detect/1/pipeline.json", '"detector": 1', '"detector": 2')
+    assert check_model_repository(repository) == [
+        "weaksam_detect: it calls version 2 of detector, which serves [1]"
+    ]
+
+
+def test_a_pipeline_with_other_class_names_than_its_engine_is_found(repository):
+    edit(repository / "weaksam_detect/1/pipeline.json", '"cat"', '"lion"')
+    problems = [p for p in check_model_repository(repository) if "detector" in p]
+    assert any("weaksam_detect: its pipeline.json takes detector version 1" in p for p in problems)
 
 
 def test_a_missing_member_is_found(repository):

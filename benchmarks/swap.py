@@ -1,0 +1,464 @@
+"""Three releases and two ways back under a steady load, on a real server: who notices?
+
+Run ``python -m benchmarks.swap --first A.safetensors --second B.safetensors --data FOLDER --output
+benchmarks/results``. Requests leave at fixed times, whatever the answers do, and latency counts
+from the intended time. Every answer is compared with what the version that it names answers in this
+process. Releases are the user's own command in a process of its own.
+"""
+
+import asyncio
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from export.__main__ import export_model
+from export.exportable import detector_exportable
+from export.release import answer_difference
+from training.data.coco import load_coco_folder
+from training.engine.stage import git_commit
+from weaksam_rt.artifacts import ModelArtifact, load_artifact
+from weaksam_rt.backends.local import LocalBackend
+from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
+from weaksam_rt.client import ClientConfig, WeakSamClient
+from weaksam_rt.config import PipelineConfig
+from weaksam_rt.contracts import DETECTOR
+from weaksam_rt.errors import WeakSamError
+from weaksam_rt.files import atomic_path, write_json
+from weaksam_rt.images import decode_reduced
+from weaksam_rt.model_config import ServingOptions
+from weaksam_rt.model_repository import build_model_repository
+from weaksam_rt.pipeline import PipelineModels, WeakSamPipeline
+from weaksam_rt.server import EmbeddedServer, ServerOptions
+from weaksam_rt.types import Detections
+
+_FAILING_RELEASE = """
+import sys
+from pathlib import Path
+from weaksam_rt.artifacts import load_artifact
+from weaksam_rt.model_control import ModelControl
+from weaksam_rt.releases import ReleaseError, publish
+
+def fail(version):
+    raise ReleaseError("probation fails, because this benchmark wants it to")
+
+with ModelControl(sys.argv[3]) as control:
+    try:
+        publish(Path(sys.argv[1]), load_artifact(Path(sys.argv[2])), control, keep=10,
+                check_engine=lambda version: None, watch=fail,
+                on_step=lambda step: print(" ", step, flush=True))
+    except ReleaseError as error:
+        print(error)
+    else:
+        sys.exit("the release was not taken back")
+"""
+"""A release whose probation fails: the forced way back."""
+_FIRST_STEP = "journal"
+"""What a release prints when it begins to change something."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One request of the load."""
+
+    image: int
+    sent_at: float
+    """When it was due, seconds."""
+    latency_ms: float
+    version: int
+    """0: it failed."""
+    detections: Detections | None
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """What was going on between two moments."""
+
+    name: str
+    kind: str
+    """``build``: a candidate is built and verified. ``swap``: versions are loaded, switched,
+    watched and dropped."""
+    start: float
+    end: float
+
+
+class SteadyLoad:
+    """Requests at fixed times from a pool of threads."""
+
+    def __init__(self, address: str, images: Sequence[bytes], *, rate: float) -> None:
+        self._client = WeakSamClient(address, ClientConfig(max_attempts=1))
+        self._images, self._rate = images, rate
+        self.answers: list[Answer] = []
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(64)
+        self._thread = threading.Thread(target=self._send)
+
+    def __enter__(self) -> "SteadyLoad":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._pool.shutdown()
+        self._client.close()
+
+    def _send(self) -> None:
+        start, number = time.perf_counter(), 0
+        while not self._stop.is_set():
+            due = start + number / self._rate
+            time.sleep(max(due - time.perf_counter(), 0))
+            self._pool.submit(self._ask, number % len(self._images), due)
+            number += 1
+
+    def _ask(self, image: int, due: float) -> None:
+        version, detections, text = 0, None, ""
+        try:
+            result = self._client.detect(self._images[image])
+            version, detections = result.version, result.detections
+        except WeakSamError as error:
+            text = f"{type(error).__name__}: {error}"
+        self.answers.append(
+            Answer(
+                image=image,
+                sent_at=due,
+                latency_ms=1e3 * (time.perf_counter() - due),
+                version=version,
+                detections=detections,
+                error=text,
+            )
+        )
+
+
+def main(
+    *,
+    first: Path,
+    second: Path,
+    data: Path,
+    output: Path | None = None,
+    requests: int = 2000,
+    rate: float | None = None,
+    num_images: int = 8,
+    engine_threads: int = 1,
+    niceness: int = 10,
+    watch_s: float = 3.0,
+) -> None:
+    """Measure and print; with ``output``, also write ``swap.md`` and ``swap.json``.
+
+    Args:
+        first: Weights of training.retrain_detector, served at the beginning.
+        second: Weights of another training of the same classes.
+        data: Folder with images/ and instances.json, for the releases' AP50 and for the requests.
+        output: Folder for the results.
+        requests: The load goes on until there are so many, at least 100.
+        rate: Requests a second; None: a third of what two clients get through.
+        num_images: Different images sent.
+        engine_threads: Threads of one operator in the engine.
+        niceness: Of the releasing process.
+        watch_s: Probation of each release.
+    """
+    if requests < 100:
+        raise ValueError(f"requests is {requests}, expected at least 100")
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="weaksam-swap-") as scratch:
+        checkpoints = {"first": first, "second": second}
+        artifacts = {
+            name: export_model(detector_exportable(path), Path(scratch) / name / DETECTOR)
+            for name, path in checkpoints.items()
+        }
+        repository = Path(scratch) / "live"
+        build_model_repository(
+            [artifacts["first"]],
+            repository,
+            profile="embedded",
+            config=PipelineConfig(),
+            options=ServingOptions(engine_threads=engine_threads),
+        )
+        images = [r.path.read_bytes() for r in load_coco_folder(data).records[:num_images]]
+        with EmbeddedServer(repository, ServerOptions(load_models=("*",))) as server:
+            rate = rate or _capacity(server.grpc_address, images) / 3
+            console.print(f"load: {rate:.1f} requests a second")
+            windows: list[Window] = []
+            with SteadyLoad(server.grpc_address, images, rate=rate) as load:
+                time.sleep(5)
+                swaps = _swaps(
+                    repository, checkpoints, artifacts, data, server.grpc_address,
+                    niceness=niceness, watch_s=watch_s,
+                )  # fmt: skip
+                pause = max(requests / rate / (len(swaps) + 1), 2)
+                for name, command in swaps.items():
+                    windows += _timed(name, command)
+                    console.print(f"{name}: {windows[-1].end - windows[-1].start:.1f} s of swap")
+                    time.sleep(pause / 2)
+                while len(load.answers) < requests:
+                    time.sleep(0.2)
+        expected = _expected(_engines(repository, load.answers, artifacts["first"]), images)
+        report = _report(
+            load.answers, windows, expected,
+            rate=rate, engine_threads=engine_threads, niceness=niceness,
+        )  # fmt: skip
+    text = _markdown(report)
+    console.print(text, markup=False)
+    if output is not None:
+        write_json(output / "swap.json", report)
+        with atomic_path(output / "swap.md") as temporary:
+            temporary.write_text(text)
+
+
+# ---------------------------------------------------------------------------------------------
+# What happens
+# ---------------------------------------------------------------------------------------------
+
+
+def _swaps(
+    repository: Path,
+    checkpoints: Mapping[str, Path],
+    artifacts: Mapping[str, ModelArtifact],
+    data: Path,
+    address: str,
+    *,
+    niceness: int,
+    watch_s: float,
+) -> dict[str, list[str]]:
+    """The commands, in order; each ends with another version served than before, or the same after
+    a way back.
+    """
+
+    def release(name: str, method: str) -> list[str]:
+        options = {
+            "--detector": checkpoints[name], "--data": data, "--url": address, "--method": method,
+            "--niceness": niceness, "--watch-s": watch_s, "--keep": 10, "--max-loss": 1.0,
+        }  # fmt: skip
+        flags = [str(part) for pair in options.items() for part in pair]
+        return [sys.executable, "-m", "export", "release", str(repository), *flags]
+
+    return {
+        "release by refit": release("second", "refit"),
+        "release by export": release("first", "export"),
+        "release by refit again": release("second", "refit"),
+        "probation fails, taken back": [
+            sys.executable, "-c", _FAILING_RELEASE, str(repository),
+            str(artifacts["first"].path.parent), address,
+        ],
+        "rollback": [
+            sys.executable, "-m", "export", "rollback", str(repository), "--url", address,
+        ],
+    }  # fmt: skip
+
+
+def _timed(name: str, command: Sequence[str]) -> list[Window]:
+    """Run a command; when it built and when it swapped, by what it prints."""
+    start = time.perf_counter()
+    changed = None if "rollback" not in name else start
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.strip() == _FIRST_STEP:
+                changed = time.perf_counter()
+    end = time.perf_counter()
+    if process.returncode != 0 or changed is None:
+        raise RuntimeError(f"{name} failed:\n{''.join(lines[-15:])}")
+    return [
+        Window(name=name, kind="build", start=start, end=changed),
+        Window(name=name, kind="swap", start=changed, end=end),
+    ]
+
+
+def _capacity(address: str, images: Sequence[bytes], *, seconds: float = 6.0) -> float:
+    """Requests a second that two clients get through."""
+    with (
+        WeakSamClient(address, ClientConfig(max_attempts=1)) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        end = time.perf_counter() + seconds
+
+        def ask(first: int) -> int:
+            count = 0
+            while time.perf_counter() < end:
+                client.detect(images[(first + count) % len(images)])
+                count += 1
+            return count
+
+        return sum(pool.map(ask, range(2))) / seconds
+
+
+# ---------------------------------------------------------------------------------------------
+# What it shows
+# ---------------------------------------------------------------------------------------------
+
+
+def _engines(
+    repository: Path, answers: Sequence[Answer], withdrawn: ModelArtifact
+) -> dict[int, ModelArtifact]:
+    """The engine of every version that answered; one of them was taken back and is gone."""
+    folders = [p for p in (repository / DETECTOR).iterdir() if p.name.isdigit()]
+    engines = {int(folder.name): load_artifact(folder) for folder in folders}
+    taken_back = max(engines) + 1
+    return {**engines, taken_back: withdrawn}
+
+
+def _expected(
+    versions: Mapping[int, ModelArtifact], images: Sequence[bytes]
+) -> dict[int, list[Detections]]:
+    """The answers of every version, computed in this process."""
+    answers = {}
+    for version, artifact in versions.items():
+        parameters: Any = artifact.parameters
+        pipeline = WeakSamPipeline(
+            LocalBackend({DETECTOR: OnnxRuntimeModel(artifact, num_threads=1)}),
+            PipelineModels(detector=parameters),
+            PipelineConfig(),
+        )
+        side = pipeline.longest_side_seen(with_masks=False)
+        answers[version] = [_detect(pipeline, data, side) for data in images]
+    return answers
+
+
+def _detect(pipeline: WeakSamPipeline, data: bytes, side: int) -> Detections:
+    image = decode_reduced(data, side)
+    return asyncio.run(pipeline.detect(image.pixels, image_size=image.image_size))
+
+
+def _kind(answer: Answer, windows: Sequence[Window]) -> str:
+    """What went on while this request was on its way; a swap counts before a build."""
+    end = answer.sent_at + answer.latency_ms / 1e3
+    kinds = {w.kind for w in windows if answer.sent_at <= w.end and end >= w.start}
+    return "swap" if "swap" in kinds else "build" if "build" in kinds else "steady"
+
+
+def _report(
+    answers: Sequence[Answer],
+    windows: Sequence[Window],
+    expected: Mapping[int, Sequence[Detections]],
+    *,
+    rate: float,
+    engine_threads: int,
+    niceness: int,
+) -> dict[str, Any]:
+    failed = [answer.error for answer in answers if answer.error]
+    wrong = [text for answer in answers if (text := _mismatch(answer, expected)) is not None]
+    pairs = list(pairwise(sorted(expected)))
+    distinct = sum(
+        any(
+            answer_difference(x, y) is not None
+            for x, y in zip(expected[a], expected[b], strict=True)
+        )
+        for a, b in pairs
+    )
+    latencies: dict[str, list[float]] = {"steady": [], "build": [], "swap": []}
+    for answer in answers:
+        latencies[_kind(answer, windows)].append(answer.latency_ms)
+    quantiles = {kind: _quantiles(values) for kind, values in latencies.items()}
+    steady, swap = quantiles["steady"]["p99"], quantiles["swap"]["p99"]
+    return {
+        "requests": len(answers),
+        "failed": len(failed),
+        "failures": failed[:5],
+        "answers_not_of_their_version": len(wrong),
+        "mismatches": wrong[:5],
+        "answers_by_version": dict(sorted(Counter(a.version for a in answers).items())),
+        "successions": len(pairs),
+        "successions_that_show": distinct,
+        "latency_ms": quantiles,
+        "p99_swap_over_steady": round(swap / steady, 2),
+        "p99_build_over_steady": round(quantiles["build"]["p99"] / steady, 2),
+        "windows": [
+            {"name": w.name, "kind": w.kind, "seconds": round(w.end - w.start, 1)} for w in windows
+        ],
+        "rate_per_s": round(rate, 2),
+        "engine_threads": engine_threads,
+        "niceness": niceness,
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "commit": git_commit(),
+    }
+
+
+def _mismatch(answer: Answer, expected: Mapping[int, Sequence[Detections]]) -> str | None:
+    if answer.detections is None:
+        return None  # counted among the failed
+    if answer.version not in expected:
+        return f"version {answer.version} was never released"
+    return answer_difference(answer.detections, expected[answer.version][answer.image])
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        raise RuntimeError("no request fell into one of the windows; send more requests a second")
+    p50, p99 = np.quantile(values, (0.5, 0.99))
+    return {
+        "count": len(values),
+        "p50": round(float(p50), 1),
+        "p99": round(float(p99), 1),
+        "max": round(max(values), 1),
+    }
+
+
+def _markdown(report: Mapping[str, Any]) -> str:
+    kinds = {
+        "steady": "steady",
+        "build": "a release builds and verifies on the same machine",
+        "swap": "versions are loaded, switched, watched and dropped",
+    }
+    rows = [
+        f"| {text} | {q['count']} | {q['p50']:.1f} | {q['p99']:.1f} | {q['max']:.1f} |"
+        for kind, text in kinds.items()
+        for q in [report["latency_ms"][kind]]
+    ]
+    seen = ", ".join(f"{v}: {n}" for v, n in report["answers_by_version"].items())
+    windows = [f"| {w['name']} | {w['kind']} | {w['seconds']:.1f} |" for w in report["windows"]]
+    return "\n".join(
+        [
+            "# Releases under load",
+            "",
+            f"- {report['cores']} cores, load {report['load_average']:.1f}, Python "
+            f"{report['python']}, engine threads {report['engine_threads']}, releases at niceness "
+            f"{report['niceness']}, commit {report['commit']}",
+            f"- {report['requests']} requests, {report['rate_per_s']:.1f} a second at fixed times, "
+            "latency from the intended time",
+            "- `python -m benchmarks.swap --first A.safetensors --second B.safetensors --data "
+            "FOLDER --output benchmarks/results`",
+            "",
+            f"**{report['failed']} failed requests.** "
+            f"{report['answers_not_of_their_version']} answers that are not of the version they "
+            f"name. Answers by version: {seen}. Of {report['successions']} successive versions "
+            f"{report['successions_that_show']} answer at least one image differently.",
+            "",
+            "| | requests | p50 ms | p99 ms | max ms |",
+            "| --- | --: | --: | --: | --: |",
+            *rows,
+            "",
+            f"p99 in swaps over p99 steady: **{report['p99_swap_over_steady']:.2f}**; while a "
+            f"release builds: {report['p99_build_over_steady']:.2f}.",
+            "",
+            "| what | part | seconds |",
+            "| --- | --- | --: |",
+            *windows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
