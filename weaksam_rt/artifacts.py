@@ -15,6 +15,11 @@ MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
 
 
+def external_data_path(path: Path) -> Path:
+    """Where the weights of an ONNX file at ``path`` lie when they are too large for it."""
+    return path.with_name(f"{path.name}.data")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelArtifact:
     """A verified engine on disk."""
@@ -34,6 +39,12 @@ class ModelArtifact:
         """The model's contract at these parameters."""
         return engine_contract(self.model, self.parameters)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The engine file and, where its weights are too large for it, the file that holds them."""
+        weights = external_data_path(self.path)
+        return (self.path, weights) if weights.is_file() else (self.path,)
+
 
 def write_manifest(
     path: Path, *, model: str, engine: str, parameters: Parameters, provenance: dict[str, Any]
@@ -45,6 +56,7 @@ def write_manifest(
         "engine": engine,
         "file": path.name,
         "sha256": sha256_of_file(path),
+        "external_data_sha256": _hash_if_there(external_data_path(path)),
         "parameters": asdict(parameters),
         "provenance": provenance,
     }
@@ -76,6 +88,7 @@ def load_artifact(directory: Path) -> ModelArtifact:
             provenance=content["provenance"],
         )
         sha256 = content["sha256"]
+        data_sha256 = content.get("external_data_sha256")
     except FileNotFoundError as error:
         raise ArtifactError(
             f"{directory} holds no {MANIFEST_NAME}; export the model again"
@@ -84,6 +97,17 @@ def load_artifact(directory: Path) -> ModelArtifact:
         raise ArtifactError(
             f"{manifest} is not a manifest of ours ({error}); export the model again"
         ) from error
+    _check_hash(path, sha256)
+    if data_sha256 is not None:
+        _check_hash(external_data_path(path), data_sha256)
+    return artifact
+
+
+def _hash_if_there(path: Path) -> str | None:
+    return sha256_of_file(path) if path.is_file() else None
+
+
+def _check_hash(path: Path, sha256: str) -> None:
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; export the model again")
     found = sha256_of_file(path)
@@ -92,4 +116,3 @@ def load_artifact(directory: Path) -> ModelArtifact:
             f"{path} is damaged or foreign: SHA-256 is {found[:12]}..., its manifest says "
             f"{sha256[:12]}...; export the model again"
         )
-    return artifact

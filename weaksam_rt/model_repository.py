@@ -260,7 +260,7 @@ def _engine_texts(
 def _engine_copies(artifact: ModelArtifact, version: int) -> dict[str, Path]:
     folder = f"{artifact.model}/{version}"
     return {
-        f"{folder}/{artifact.path.name}": artifact.path,
+        **{f"{folder}/{path.name}": path for path in artifact.files},
         f"{folder}/{MANIFEST_NAME}": artifact.path.parent / MANIFEST_NAME,
     }
 
