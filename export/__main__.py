@@ -1,14 +1,17 @@
-"""``python -m export models|repository|snapshot``: checkpoints to verified engines, engines to a
-repository.
+"""``python -m export models|engines|doctor|repository|snapshot``: checkpoints to verified ONNX,
+ONNX to engines, engines to a repository.
 """
 
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
+from export.engines.base import EngineConfig, EnginePrecision
+from export.engines.build import build_engine, exported_onnx
+from export.engines.profiles import HOT_BATCHES, default_profiles
 from export.exportable import (
     Exportable,
     classifier_exportable,
@@ -107,17 +110,67 @@ def models(
         sam: Weights of training.train_sam, or an official SAM checkpoint.
         half_weights: Round the weights to float16: half the file size, float32 arithmetic.
     """
-    chosen: list[Exportable] = []
-    if detector is not None:
-        chosen.append(detector_exportable(detector))
-    if classifier is not None:
-        chosen.append(classifier_exportable(classifier))
-    if sam is not None:
-        chosen += sam_exportables(sam)
+    chosen = _exportables(detector, classifier, sam)
     if not chosen:
         raise ValueError("nothing to export: give --detector, --classifier or --sam")
     for exportable in chosen:
         export_model(exportable, output / exportable.model, half_weights=half_weights)
+
+
+def engines(
+    models: Annotated[Path, tyro.conf.Positional],
+    output: Path,
+    *,
+    engine: str = "tensorrt-rtx",
+    precision: EnginePrecision = "fp32",
+    compute_capability: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
+    hot_batches: tuple[int, ...] = HOT_BATCHES,
+    timing_cache: Path | None = None,
+    workspace_mb: int | None = None,
+    detector: Path | None = None,
+    classifier: Path | None = None,
+    sam: Path | None = None,
+) -> None:
+    """Build engines from exported models.
+
+    Args:
+        models: Folder with one subfolder for each exported model.
+        output: Gets one subfolder for each engine, with the engine file and manifest.json.
+        engine: onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx, aot-inductor or
+            aot-inductor-cuda.
+        precision: fp16 and bf16 lower the graph.
+        compute_capability: GPUs the engine is for, such as 8.0 8.9 12.0; one file serves all.
+        only: Names of the models to build; empty: all.
+        hot_batches: Batch sizes that get an optimisation profile of their own.
+        timing_cache: File of kernel timings to read and extend (tensorrt).
+        workspace_mb: Most GPU memory an operator may borrow.
+        detector: Weights, for aot-inductor.
+        classifier: Weights, for aot-inductor.
+        sam: Weights, for aot-inductor.
+    """
+    modules = {e.model: e.module for e in _exportables(detector, classifier, sam)}
+    for source in exported_onnx(models):
+        if only and source.model not in only:
+            continue
+        config = EngineConfig(
+            precision=precision,
+            profiles=default_profiles(source.contract, hot_batches=hot_batches),
+            compute_capabilities=compute_capability,
+            workspace_bytes=None if workspace_mb is None else workspace_mb * 1_000_000,
+            timing_cache=timing_cache,
+        )
+        built = build_engine(
+            source,
+            output / source.model,
+            engine=engine,
+            config=config,
+            module=modules.get(source.model),
+        )
+        facts = built.provenance
+        _LOGGER.info(
+            "%s: %.1f MB in %.1f s", built.path, facts["size_bytes"] / 1e6, facts["build_s"]
+        )
 
 
 def repository(
@@ -156,8 +209,21 @@ def snapshot(
         )
 
 
+def _exportables(
+    detector: Path | None, classifier: Path | None, sam: Path | None
+) -> list[Exportable]:
+    chosen: list[Exportable] = []
+    if detector is not None:
+        chosen.append(detector_exportable(detector))
+    if classifier is not None:
+        chosen.append(classifier_exportable(classifier))
+    if sam is not None:
+        chosen += sam_exportables(sam)
+    return chosen
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     tyro.extras.subcommand_cli_from_dict(
-        {"models": models, "repository": repository, "snapshot": snapshot}
+        {"models": models, "engines": engines, "repository": repository, "snapshot": snapshot}
     )

@@ -43,14 +43,13 @@ def onnx_from_module(
     arrays = {name: tensor.numpy() for name, tensor in example.items()}
     contract.check_inputs(arrays)
     inputs = tuple(example[spec.name] for spec in contract.inputs)
-    dynamic_shapes = tuple(_dynamic_axes(contract, i) for i in range(len(inputs)))
     module.eval()
     with torch.no_grad():
         program = torch.onnx.export(
             module,
             inputs,
             dynamo=True,
-            dynamic_shapes=dynamic_shapes,
+            dynamic_shapes=dynamic_shapes(contract),
             input_names=[spec.name for spec in contract.inputs],
             output_names=[spec.name for spec in contract.outputs],
             opset_version=OPSET,
@@ -64,6 +63,19 @@ def onnx_from_module(
     _LOGGER.info("exported %s to %s, %.1f MB", contract.name, path, path.stat().st_size / 1e6)
 
 
+def dynamic_shapes(contract: ModelContract) -> tuple[dict[int, Any], ...]:
+    """For each input of a contract, in order, its varying axes as ``torch.export`` takes them."""
+    batch = (-1,) if contract.is_batched else ()
+    return tuple(
+        {
+            axis: torch.export.Dim.DYNAMIC
+            for axis, size in enumerate((*batch, *spec.shape))
+            if size == -1
+        }
+        for spec in contract.inputs
+    )
+
+
 def _forget_origin(model: onnx.ModelProto) -> None:
     """Drop the exporter's notes on every node: source lines and folders of this machine."""
     functions = [node for function in model.functions for node in function.node]
@@ -73,9 +85,3 @@ def _forget_origin(model: onnx.ModelProto) -> None:
         part.doc_string = ""
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         del value.metadata_props[:]
-
-
-def _dynamic_axes(contract: ModelContract, index: int) -> dict[int, object]:
-    spec = contract.inputs[index]
-    shape = ((-1,) if contract.is_batched else ()) + spec.shape
-    return {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(shape) if size == -1}
