@@ -7,8 +7,10 @@ import logging
 from pathlib import Path
 from typing import Annotated, Any
 
+import onnx
 import tyro
 
+from export.doctor_command import kept_by_report, print_diagnosis, write_report
 from export.engines.base import EngineConfig, EnginePrecision
 from export.engines.build import build_engine, exported_onnx
 from export.engines.profiles import HOT_BATCHES, default_profiles
@@ -16,15 +18,19 @@ from export.exportable import (
     Exportable,
     classifier_exportable,
     detector_exportable,
+    example_inputs,
     example_tensors,
     sam_exportables,
 )
 from export.half_weights import round_weights_, store_weights_as_half
+from export.mixed_precision import KeepFp32, Precision
 from export.onnx_from_module import OPSET, onnx_from_module
+from export.precision_doctor import diagnose
 from export.verify import parity
 from training.engine.stage import git_commit, package_versions
-from weaksam_rt.artifacts import ModelArtifact, write_manifest
+from weaksam_rt.artifacts import ModelArtifact, load_artifact, write_manifest
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
+from weaksam_rt.files import sha256_of_file
 from weaksam_rt.model_repository import (
     PROFILES,
     Profile,
@@ -126,6 +132,7 @@ def engines(
     compute_capability: tuple[str, ...] = (),
     only: tuple[str, ...] = (),
     hot_batches: tuple[int, ...] = HOT_BATCHES,
+    keep_fp32: Path | None = None,
     timing_cache: Path | None = None,
     workspace_mb: int | None = None,
     detector: Path | None = None,
@@ -143,6 +150,8 @@ def engines(
         compute_capability: GPUs the engine is for, such as 8.0 8.9 12.0; one file serves all.
         only: Names of the models to build; empty: all.
         hot_batches: Batch sizes that get an optimisation profile of their own.
+        keep_fp32: Folder of reports of the precision doctor, MODEL.json each: what a report
+            proposes stays float32.
         timing_cache: File of kernel timings to read and extend (tensorrt).
         workspace_mb: Most GPU memory an operator may borrow.
         detector: Weights, for aot-inductor.
@@ -155,6 +164,7 @@ def engines(
             continue
         config = EngineConfig(
             precision=precision,
+            keep_fp32=_kept(keep_fp32, source.model, precision),
             profiles=default_profiles(source.contract, hot_batches=hot_batches),
             compute_capabilities=compute_capability,
             workspace_bytes=None if workspace_mb is None else workspace_mb * 1_000_000,
@@ -171,6 +181,31 @@ def engines(
         _LOGGER.info(
             "%s: %.1f MB in %.1f s", built.path, facts["size_bytes"] / 1e6, facts["build_s"]
         )
+
+
+def doctor(
+    model: Annotated[Path, tyro.conf.Positional],
+    *,
+    precision: Precision = "fp16",
+    limit: float | None = None,
+    output: Path | None = None,
+) -> None:
+    """Find the layers that a precision breaks and the smallest list of them to keep in float32.
+
+    Args:
+        model: Folder of one exported model.
+        precision: fp16 or bf16; rounding is emulated on the CPU.
+        limit: Largest distance from float32 that counts as well; None: the precision's own.
+        output: JSON report, for --keep-fp32 of the engines command.
+    """
+    artifact = load_artifact(model)
+    inputs = example_inputs(artifact.model, artifact.parameters)[1:2]
+    diagnosis = diagnose(
+        onnx.load(artifact.path), artifact.model, inputs, precision=precision, limit=limit
+    )
+    print_diagnosis(diagnosis, {})
+    if output is not None:
+        write_report(output, diagnosis, {"sha256": sha256_of_file(artifact.path)})
 
 
 def repository(
@@ -209,6 +244,14 @@ def snapshot(
         )
 
 
+def _kept(reports: Path | None, model: str, precision: EnginePrecision) -> KeepFp32:
+    """What the doctor proposes for ``model``; nothing where it was not asked."""
+    path = None if reports is None else reports / f"{model}.json"
+    if path is None or not path.is_file():
+        return KeepFp32()
+    return kept_by_report(path, precision)
+
+
 def _exportables(
     detector: Path | None, classifier: Path | None, sam: Path | None
 ) -> list[Exportable]:
@@ -225,5 +268,11 @@ def _exportables(
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     tyro.extras.subcommand_cli_from_dict(
-        {"models": models, "engines": engines, "repository": repository, "snapshot": snapshot}
+        {
+            "models": models,
+            "engines": engines,
+            "doctor": doctor,
+            "repository": repository,
+            "snapshot": snapshot,
+        }
     )

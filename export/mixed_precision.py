@@ -38,21 +38,8 @@ _PART = "::"
 
 _MOVES = frozenset(
     [
-        "Concat",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Identity",
-        "Pad",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
+        *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity"),
+        *("Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
     ]
 )
 """Operators that only move values: they follow the type of what they move."""
@@ -69,7 +56,12 @@ class KeepFp32:
 
     def holds(self, node: onnx.NodeProto) -> bool:
         """``node`` stays float32."""
-        return node.name.split(_PART)[0] in self.nodes or node.op_type in self.op_types
+        return node_of(node) in self.nodes or node.op_type in self.op_types
+
+
+def node_of(part: onnx.NodeProto) -> str:
+    """The node of the plain graph that ``part`` is or belongs to."""
+    return part.name.partition(_PART)[0]
 
 
 def lower_precision(
@@ -92,7 +84,7 @@ def lower_precision(
     """
     keep = keep or KeepFp32()
     plain = plain_model(model)
-    unknown = keep.nodes - {node.name.split(_PART)[0] for node in plain.graph.node}
+    unknown = keep.nodes - {node_of(node) for node in plain.graph.node}
     if unknown:
         raise ValueError(f"no node is called {sorted(unknown)}; names are those of plain_model()")
     if precision == "fp32":

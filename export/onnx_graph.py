@@ -83,6 +83,11 @@ def constant(name: str, values: NDArray[np.generic]) -> TensorProto:
     return numpy_helper.from_array(np.asarray(values), name=name)
 
 
+def float_output(name: str) -> onnx.ValueInfoProto:
+    """A float32 output of any shape."""
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+
+
 def _inferred(model: onnx.ModelProto) -> Mapping[str, onnx.ValueInfoProto]:
     """Value infos of all tensors. Weights are left out of what is inferred on: a large model's
     would not fit into the message that goes to the library.

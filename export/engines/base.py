@@ -92,7 +92,7 @@ def typed_graph(
         keep_op_types: Operators that the engine has in float32 only.
     """
     if config.precision in ("int8", "fp8"):
-        kinds = {node.op_type for node in source.graph.node}
+        kinds = {node.op_type for node in source.graph.graph.node}
         if "QuantizeLinear" not in kinds:
             raise ValueError(
                 f"{config.precision} is built from a Q/DQ graph, this one has no QuantizeLinear; "

@@ -19,7 +19,7 @@ from export.exportable import example_inputs
 from export.mixed_precision import KeepFp32
 from export.portable_graph import portable_model
 from export.verify import FP32, parity
-from tests.unit.export.toy_models import TOY_DETECTOR, ToyDetector, export_toy_detector
+from tests.unit.export.toy_models import TOY_DETECTOR, ToyDetector
 from weaksam_rt.artifacts import load_artifact
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 from weaksam_rt.contracts import (
@@ -36,9 +36,9 @@ _WIDE = default_profiles(detector_contract(TOY_DETECTOR))[-1:]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return export_toy_detector(tmp_path_factory.mktemp("models") / "toy")
+@pytest.fixture
+def toy(toy_artifact):
+    return toy_artifact
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -157,6 +157,7 @@ def test_bf16_on_a_cpu_is_refused_with_onnx_runtimes_reason(toy, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_aot_inductor_package_agrees_with_pytorch(toy, tmp_path):
     module = ToyDetector()
     artifact = build_engine(
