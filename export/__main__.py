@@ -26,10 +26,15 @@ from export.half_weights import round_weights_, store_weights_as_half
 from export.mixed_precision import KeepFp32, Precision
 from export.onnx_from_module import OPSET, onnx_from_module
 from export.precision_doctor import diagnose
+from export.quantization import quantized
+from export.task_metrics import image_inputs, metrics_by_treatment, spread
 from export.verify import parity
+from training.data.coco import load_coco_folder
 from training.engine.stage import git_commit, package_versions
 from weaksam_rt.artifacts import ModelArtifact, load_artifact, write_manifest
+from weaksam_rt.backends.base import Arrays
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
+from weaksam_rt.contracts import SAM_MASK_DECODER
 from weaksam_rt.files import sha256_of_file
 from weaksam_rt.model_repository import (
     PROFILES,
@@ -133,6 +138,8 @@ def engines(
     only: tuple[str, ...] = (),
     hot_batches: tuple[int, ...] = HOT_BATCHES,
     keep_fp32: Path | None = None,
+    calibration: Path | None = None,
+    max_calibration_images: int = 64,
     timing_cache: Path | None = None,
     workspace_mb: int | None = None,
     detector: Path | None = None,
@@ -152,6 +159,8 @@ def engines(
         hot_batches: Batch sizes that get an optimisation profile of their own.
         keep_fp32: Folder of reports of the precision doctor, MODEL.json each: what a report
             proposes stays float32.
+        calibration: COCO-format folder whose images int8 and fp8 are calibrated on.
+        max_calibration_images: Of them, spread evenly.
         timing_cache: File of kernel timings to read and extend (tensorrt).
         workspace_mb: Most GPU memory an operator may borrow.
         detector: Weights, for aot-inductor.
@@ -176,6 +185,7 @@ def engines(
             engine=engine,
             config=config,
             module=modules.get(source.model),
+            graph=_quantized(source, config, calibration, max_calibration_images),
         )
         facts = built.provenance
         _LOGGER.info(
@@ -187,6 +197,8 @@ def doctor(
     model: Annotated[Path, tyro.conf.Positional],
     *,
     precision: Precision = "fp16",
+    data: Path | None = None,
+    max_images: int = 20,
     limit: float | None = None,
     output: Path | None = None,
 ) -> None:
@@ -195,17 +207,27 @@ def doctor(
     Args:
         model: Folder of one exported model.
         precision: fp16 or bf16; rounding is emulated on the CPU.
+        data: COCO-format folder: layers are judged on its first image, and the task metric is
+            reported in float32, in the precision, and with the treatment. A SAM's other half is
+            looked for beside ``model``.
+        max_images: Of the task metric, spread evenly.
         limit: Largest distance from float32 that counts as well; None: the precision's own.
         output: JSON report, for --keep-fp32 of the engines command.
     """
     artifact = load_artifact(model)
-    inputs = example_inputs(artifact.model, artifact.parameters)[1:2]
-    diagnosis = diagnose(
-        onnx.load(artifact.path), artifact.model, inputs, precision=precision, limit=limit
-    )
-    print_diagnosis(diagnosis, {})
+    graph = onnx.load(artifact.path)
+    folder = None if data is None else spread(load_coco_folder(data), max_images)
+    inputs: list[Arrays] = [*example_inputs(artifact.model, artifact.parameters)[1:2]]
+    if folder is not None and artifact.model != SAM_MASK_DECODER:
+        inputs = [image_inputs(artifact.model, artifact.parameters, folder.records[0])]
+    diagnosis = diagnose(graph, artifact.model, inputs, precision=precision, limit=limit)
+    metrics = {}
+    if folder is not None:
+        metrics = metrics_by_treatment(artifact, graph, diagnosis, folder)
+    print_diagnosis(diagnosis, metrics)
     if output is not None:
-        write_report(output, diagnosis, {"sha256": sha256_of_file(artifact.path)})
+        facts = {"sha256": sha256_of_file(artifact.path), "metrics": metrics}
+        write_report(output, diagnosis, facts)
 
 
 def repository(
@@ -250,6 +272,23 @@ def _kept(reports: Path | None, model: str, precision: EnginePrecision) -> KeepF
     if path is None or not path.is_file():
         return KeepFp32()
     return kept_by_report(path, precision)
+
+
+def _quantized(
+    source: ModelArtifact, config: EngineConfig, calibration: Path | None, max_images: int
+) -> onnx.ModelProto | None:
+    """The Q/DQ graph that ``config`` needs, if any."""
+    precision = config.precision
+    if precision != "int8" and precision != "fp8":
+        return None
+    if calibration is None or source.model == SAM_MASK_DECODER:
+        raise ValueError(
+            f"{source.model} in {precision} needs --calibration with images; leave models "
+            "that do not read images out with --only"
+        )
+    folder = spread(load_coco_folder(calibration), max_images)
+    inputs = [image_inputs(source.model, source.parameters, r) for r in folder.records]
+    return quantized(onnx.load(source.path), inputs, precision, config.keep_fp32)
 
 
 def _exportables(

@@ -42,7 +42,7 @@ def agreement(model: str, expected: Answer, got: Answer) -> Agreement:
     if model == DETECTOR:
         distance = 1 - _matched_quality(expected, got)
     else:
-        distance = max(_ratio(np.linalg.norm(b - a), np.linalg.norm(a)) for a, b in pairs)
+        distance = max(_ratio(_norm(b - a), _norm(a)) for a, b in pairs)
     return Agreement(
         finite=True,
         max_error=max(_ratio(np.abs(b - a).max(), np.abs(a).max()) for a, b in pairs),
@@ -80,6 +80,10 @@ def _ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole else float(part)
 
 
+def _norm(values: NDArray[np.float64]) -> float:
+    return float(np.linalg.norm(values))
+
+
 def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    norms = _norm(a) * _norm(b)
     return float((a * b).sum() / norms) if norms else float(not a.any() and not b.any())

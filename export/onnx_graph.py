@@ -6,6 +6,7 @@ writes nothing else; a foreign graph that cannot be brought to it is refused.
 
 import copy
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -78,7 +79,7 @@ def ranks(model: onnx.ModelProto) -> dict[str, int]:
     }
 
 
-def constant(name: str, values: NDArray[np.generic]) -> TensorProto:
+def constant(name: str, values: NDArray[Any] | np.generic) -> TensorProto:
     """An initialiser."""
     return numpy_helper.from_array(np.asarray(values), name=name)
 

@@ -91,17 +91,18 @@ def typed_graph(
         config: Precision and what stays float32.
         keep_op_types: Operators that the engine has in float32 only.
     """
-    if config.precision in ("int8", "fp8"):
+    precision = config.precision
+    if precision == "int8" or precision == "fp8":
         kinds = {node.op_type for node in source.graph.graph.node}
         if "QuantizeLinear" not in kinds:
             raise ValueError(
-                f"{config.precision} is built from a Q/DQ graph, this one has no QuantizeLinear; "
+                f"{precision} is built from a Q/DQ graph, this one has no QuantizeLinear; "
                 "quantise it with export.quantization"
             )
         return source.graph
     keep = config.keep_fp32
     keep = replace(keep, op_types=keep.op_types | keep_op_types)
-    return lower_precision(source.graph, config.precision, keep)
+    return lower_precision(source.graph, precision, keep)
 
 
 @runtime_checkable
