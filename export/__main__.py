@@ -13,12 +13,12 @@ import torch
 import tyro
 
 from export.accept import accept_onnx
+from export.engine_commands import doctor, engines
 from export.exportable import (
     Exportable,
-    classifier_exportable,
+    chosen_exportables,
     detector_exportable,
     example_tensors,
-    sam_exportables,
 )
 from export.half_weights import round_weights_, store_weights_as_half
 from export.onnx_from_module import OPSET, onnx_from_module
@@ -103,13 +103,7 @@ def models(
         sam: Weights of training.train_sam, or an official SAM checkpoint.
         half_weights: Round the weights to float16: half the file size, float32 arithmetic.
     """
-    chosen: list[Exportable] = []
-    if detector is not None:
-        chosen.append(detector_exportable(detector))
-    if classifier is not None:
-        chosen.append(classifier_exportable(classifier))
-    if sam is not None:
-        chosen += sam_exportables(sam)
+    chosen = chosen_exportables(detector, classifier, sam)
     if not chosen:
         raise ValueError("nothing to export: give --detector, --classifier or --sam")
     for exportable in chosen:
@@ -249,10 +243,13 @@ def _control(url: str, root_certificates: Path | None) -> ModelControl:
     return ModelControl(url, ClientConfig(tls=tls))
 
 
+_COMMANDS = (models, engines, doctor, repository, snapshot, release, rollback, passport)
+
+
 def main() -> None:
     """Run the command; an error of ours is one line, and the exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    commands = {f.__name__: f for f in (models, repository, snapshot, release, rollback, passport)}
+    commands = {f.__name__: f for f in _COMMANDS}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="python -m export")
     except WeakSamError as error:

@@ -28,12 +28,15 @@ from weaksam_rt.contracts import (
     ModelContract,
     Parameters,
     SamParameters,
+    VitClassifierParameters,
     engine_contract,
 )
 from weaksam_rt.files import sha256_of_file
 from weaksam_rt.preprocessing import resize_maps
 from weaksam_rt.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, PADDING
 
+_BATCHES = (2, 1, 3)
+"""Batch sizes of example inputs; the first is traced."""
 RANKED = Tolerance(max_abs_error=1e-3, max_mismatch_share=0.02)
 """Outputs sorted by score: where two scores are equal to rounding, two places may be swapped."""
 
@@ -74,7 +77,7 @@ def detector_exportable(weights: Path) -> Exportable:
         model=DETECTOR,
         module=adapter,
         parameters=parameters,
-        inputs=tuple({"image": _pictures(batch, side)} for batch in (2, 1, 3)),
+        inputs=example_inputs(DETECTOR, parameters),
         tolerance=RANKED,
         source=_source(weights),
     )
@@ -89,7 +92,7 @@ def classifier_exportable(weights: Path) -> Exportable:
         model=VIT_CLASSIFIER,
         module=adapter,
         parameters=parameters,
-        inputs=tuple({"image": _pictures(b, parameters.image_size)} for b in (2, 1, 3)),
+        inputs=example_inputs(VIT_CLASSIFIER, parameters),
         tolerance=FP32,
         source=_source(weights),
     )
@@ -107,9 +110,7 @@ def sam_exportables(weights: Path) -> tuple[Exportable, Exportable]:
         model=SAM_IMAGE_ENCODER,
         module=SamImageEncoderAdapter(sam),
         parameters=parameters,
-        inputs=tuple(
-            {"image": _pictures(b, side), "valid_size": _valid_sizes(b, side)} for b in (2, 1, 3)
-        ),
+        inputs=example_inputs(SAM_IMAGE_ENCODER, parameters),
         tolerance=FP32,
         source=source,
     )
@@ -117,14 +118,46 @@ def sam_exportables(weights: Path) -> tuple[Exportable, Exportable]:
         model=SAM_MASK_DECODER,
         module=SamMaskDecoderAdapter(sam),
         parameters=parameters,
-        inputs=tuple(
-            _decoder_inputs(parameters, num_images=i, num_prompts=p, num_points=n)
-            for i, p, n in ((2, 3, 4), (1, 1, 2), (3, 9, 2), (1, 5, 7))
-        ),
+        inputs=example_inputs(SAM_MASK_DECODER, parameters),
         tolerance=FP32,
         source=source,
     )
     return encoder, decoder
+
+
+def example_inputs(model: str, parameters: Parameters) -> tuple[dict[str, NDArray[Any]], ...]:
+    """Seeded inputs of several sizes for a model, on which exports and engines are compared.
+
+    Raises:
+        ValueError: ``model`` is no model that is exported.
+    """
+    match parameters:
+        case SamParameters() if model == SAM_MASK_DECODER:
+            return tuple(
+                _decoder_inputs(parameters, num_images=i, num_prompts=p, num_points=n)
+                for i, p, n in ((2, 3, 4), (1, 1, 2), (3, 9, 2), (1, 5, 7))
+            )
+        case SamParameters(image_size=side):
+            return tuple(
+                {"image": _pictures(b, side), "valid_size": _valid_sizes(b, side)} for b in _BATCHES
+            )
+        case DetectorParameters(image_size=side) | VitClassifierParameters(image_size=side):
+            return tuple({"image": _pictures(b, side)} for b in _BATCHES)
+    raise ValueError(f"{model} is not an exported model")
+
+
+def chosen_exportables(
+    detector: Path | None, classifier: Path | None, sam: Path | None
+) -> list[Exportable]:
+    """The models whose weights are given, in the order of the arguments."""
+    chosen: list[Exportable] = []
+    if detector is not None:
+        chosen.append(detector_exportable(detector))
+    if classifier is not None:
+        chosen.append(classifier_exportable(classifier))
+    if sam is not None:
+        chosen += sam_exportables(sam)
+    return chosen
 
 
 def _pictures(num: int, side: int) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from weaksam_rt.files import atomic_path
+from export.onnx_files import EXTERNAL_DATA_BYTES, save_onnx
 
 _MIN_ELEMENTS = 1024
 """Smaller weights are left alone; a cast costs more than it saves."""
@@ -30,10 +30,14 @@ def round_weights_(module: nn.Module) -> None:
             parameter.copy_(rounded)
 
 
-def store_weights_as_half(path: Path) -> None:
+def store_weights_as_half(path: Path, *, external_above: int = EXTERNAL_DATA_BYTES) -> None:
     """Store each weight of an ONNX file as float16 where that loses nothing, with a cast behind it.
 
     ONNX Runtime folds the casts when it opens the file, so nothing is slower afterwards.
+
+    Args:
+        path: The ``.onnx`` file, with its weights beside it or not.
+        external_above: See ``onnx_from_module``.
     """
     model = onnx.load(path)
     graph = model.graph
@@ -51,6 +55,4 @@ def store_weights_as_half(path: Path) -> None:
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-    onnx.checker.check_model(model)
-    with atomic_path(path) as temporary:
-        onnx.save(model, temporary)
+    save_onnx(model, path, external_above=external_above)

@@ -117,6 +117,11 @@ _FIELD_KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def external_data_path(path: Path) -> Path:
+    """Where the weights of an ONNX file at ``path`` lie when they are too large for it."""
+    return path.with_name(f"{path.name}.data")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelArtifact:
     """A verified engine on disk."""
@@ -138,6 +143,11 @@ class ModelArtifact:
     def contract(self) -> ModelContract:
         """The model's contract at these parameters."""
         return engine_contract(self.model, self.parameters)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The engine file and what belongs to it."""
+        return (self.path, *self.extra_files)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -168,7 +178,8 @@ def write_manifest(
         parameters: Of the model's contract.
         provenance: A passport, or its fields; what is no field of it goes to its ``notes``.
             ``created_at`` is now unless given.
-        extra_files: Files of the same folder that belong to the engine.
+        extra_files: Files of the same folder that belong to the engine; an ONNX file's external
+            weights are added.
 
     Raises:
         ValueError: A field of the passport is of another type, or an extra file lies elsewhere.
@@ -176,6 +187,9 @@ def write_manifest(
     for extra in extra_files:
         if extra.parent != path.parent:
             raise ValueError(f"{extra} does not lie beside {path}")
+    weights = external_data_path(path)
+    if weights.is_file() and weights not in extra_files:
+        extra_files = [*extra_files, weights]
     content = provenance.to_json() if isinstance(provenance, Passport) else dict(provenance)
     if not content.get("created_at"):
         content["created_at"] = utc_now()

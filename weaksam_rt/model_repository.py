@@ -282,7 +282,7 @@ def _engine_copies(artifact: ModelArtifact, version: int) -> dict[str, Path]:
 
 def artifact_files(artifact: ModelArtifact) -> tuple[Path, ...]:
     """Every file of an artifact: the engine, what belongs to it, and the manifest."""
-    return (artifact.path, *artifact.extra_files, artifact.path.parent / MANIFEST_NAME)
+    return (*artifact.files, artifact.path.parent / MANIFEST_NAME)
 
 
 def engine_model_py(model: str) -> str:

@@ -1,0 +1,118 @@
+"""From an ONNX artifact to an engine artifact: build, then the manifest."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import nn
+
+from export.engines.aot_inductor import AotInductorBuilder
+from export.engines.base import EngineBuilder, EngineConfig, EngineSource
+from export.engines.onnx_runtime import OnnxRuntimeBuilder
+from export.engines.tensorrt import TENSORRT, TENSORRT_RTX, TensorRtBuilder
+from training.engine.stage import git_commit, package_versions
+from weaksam_rt.artifacts import ModelArtifact, load_artifact, write_manifest
+from weaksam_rt.errors import ArtifactError
+from weaksam_rt.files import sha256_of_file
+
+BUILDERS: Mapping[str, EngineBuilder] = {
+    "onnxruntime": OnnxRuntimeBuilder(),
+    "onnxruntime-cuda": OnnxRuntimeBuilder(provider="CUDAExecutionProvider"),
+    "tensorrt": TensorRtBuilder(family=TENSORRT),
+    "tensorrt-rtx": TensorRtBuilder(family=TENSORRT_RTX),
+    "aot-inductor": AotInductorBuilder(device="cpu"),
+    "aot-inductor-cuda": AotInductorBuilder(device="cuda"),
+}
+_TRITON_PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+
+
+def builder_for(engine: str) -> EngineBuilder:
+    """The builder called ``engine``; raises ``ValueError`` that lists the names."""
+    if engine not in BUILDERS:
+        raise ValueError(f"no engine is called {engine!r}; choose one of {', '.join(BUILDERS)}")
+    return BUILDERS[engine]
+
+
+def triton_platform(artifact: ModelArtifact) -> str:
+    """The platform under which Triton's own backends serve ``artifact``.
+
+    Raises:
+        ArtifactError: None of them can, and what can.
+    """
+    if artifact.engine not in _TRITON_PLATFORMS:
+        raise ArtifactError(
+            f"{artifact.path} is for {artifact.engine}: no Triton platform reads it "
+            "(tensorrt_plan takes plans of TensorRT itself only); serve an engine of "
+            f"{' or '.join(_TRITON_PLATFORMS)}, or this one from a Python backend"
+        )
+    return _TRITON_PLATFORMS[artifact.engine]
+
+
+def build_engine(
+    source: ModelArtifact,
+    directory: Path,
+    *,
+    engine: str,
+    config: EngineConfig,
+    module: nn.Module | None = None,
+    graph: onnx.ModelProto | None = None,
+) -> ModelArtifact:
+    """Build one engine from a verified ONNX model and write its manifest.
+
+    Args:
+        source: Of ``export_model``; its checkpoint and parity go into the new manifest.
+        directory: Gets the engine file and ``manifest.json``; not the folder of ``source``.
+        engine: A name in ``BUILDERS``.
+        config: Precision, profiles, targets.
+        module: The model in PyTorch, for ``aot-inductor``.
+        graph: The Q/DQ graph of ``source`` for ``int8`` and ``fp8``; None: the model's own.
+
+    Raises:
+        BackendUnavailableError: This machine cannot build it.
+        EngineBuildError: The builder refuses the model.
+        ArtifactError: ``source`` is no ONNX model.
+        ValueError: The configuration fits no machine, or ``directory`` is that of ``source``.
+    """
+    if source.engine != "onnxruntime":
+        raise ArtifactError(f"{source.path} is for {source.engine}; engines are built from ONNX")
+    if directory.resolve() == source.path.parent.resolve():
+        raise ValueError(f"{directory} holds the model that the engine is built from")
+    builder = builder_for(engine)
+    builder.check(config)
+    if graph is None:
+        graph = onnx.load(source.path)
+    path = directory / builder.file_name
+    built = builder.build(EngineSource(artifact=source, graph=graph, module=module), config, path)
+    return write_manifest(
+        path,
+        model=source.model,
+        engine=builder.engine,
+        parameters=source.parameters,
+        provenance={**_origin(source), **built.provenance()},
+    )
+
+
+def exported_onnx(models: Path) -> list[ModelArtifact]:
+    """The ONNX models in the subfolders of ``models``, by name.
+
+    Raises:
+        ArtifactError: There are none, or one cannot be trusted.
+    """
+    folders = sorted(path.parent for path in models.glob("*/manifest.json"))
+    if not folders:
+        raise ArtifactError(f"{models} holds no exported models; run python -m export models")
+    return [load_artifact(folder) for folder in folders]
+
+
+def _origin(source: ModelArtifact) -> dict[str, Any]:
+    """What the engine's manifest keeps of the model's."""
+    return {
+        "source": source.provenance.get("source"),
+        "onnx": {
+            "sha256": sha256_of_file(source.path),
+            **{k: source.provenance.get(k) for k in ("exporter", "parity", "tolerance", "commit")},
+        },
+        "packages": package_versions(),
+        "commit": git_commit(),
+    }

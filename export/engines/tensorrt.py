@@ -1,0 +1,265 @@
+"""TensorRT and TensorRT-RTX: one API family, one builder.
+
+Both get strongly typed networks: precisions come from the ONNX graph. TensorRT measures kernels on
+the GPU it builds for; TensorRT-RTX builds ahead of time on any machine and finishes on the GPU. A
+plan of one is not a plan of the other.
+"""
+
+import importlib
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from export.engines.base import (
+    BuiltEngine,
+    EngineBuildError,
+    EngineConfig,
+    EngineSource,
+    typed_graph,
+)
+from export.engines.profiles import Profile, default_profiles
+from export.onnx_files import save_onnx
+from export.portable_graph import portable_model
+from weaksam_rt.errors import BackendUnavailableError
+from weaksam_rt.files import atomic_path
+
+_FP32_ONLY = {"bf16": frozenset({"ConvTranspose"})}
+"""Operators that TensorRT-RTX 1.7 does not build in a precision."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRtFamily:
+    """What differs between the two."""
+
+    engine: str
+    file_name: str
+    modules: tuple[str, ...]
+    """Where the Python API is, first choice first."""
+    install: str
+    """What to do where it is not."""
+    builds_ahead_of_time: bool
+    """For GPUs that are not here; else for the one that is."""
+    major_versions: tuple[int, ...]
+    """With which this builder has been written to work."""
+
+
+TENSORRT = TensorRtFamily(
+    engine="tensorrt",
+    file_name="model.plan",
+    modules=("tensorrt",),
+    install="install TensorRT 10 or 11 with its builder (NVIDIA's package index or container), or "
+    "build with --engine tensorrt-rtx",
+    builds_ahead_of_time=False,
+    major_versions=(10, 11),
+)
+TENSORRT_RTX = TensorRtFamily(
+    engine="tensorrt-rtx",
+    # Not .plan: Triton's tensorrt_plan platform cannot read it.
+    file_name="model.rtx_engine",
+    modules=("tensorrt_rtx", "tensorrt_rtx_bindings"),
+    install="pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
+    builds_ahead_of_time=True,
+    major_versions=(1,),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRtBuilder:
+    """An ``EngineBuilder`` of either family."""
+
+    family: TensorRtFamily
+
+    @property
+    def engine(self) -> str:
+        """See ``EngineBuilder``."""
+        return self.family.engine
+
+    @property
+    def file_name(self) -> str:
+        """See ``EngineBuilder``."""
+        return self.family.file_name
+
+    def check(self, config: EngineConfig) -> None:
+        """See ``EngineBuilder``."""
+        trt = _load(self.family)
+        if self.family.builds_ahead_of_time:
+            _check_targets(trt, self.family, config)
+        else:
+            _check_this_gpu(self.family, config)
+
+    def build(self, source: EngineSource, config: EngineConfig, path: Path) -> BuiltEngine:
+        """See ``EngineBuilder``."""
+        self.check(config)
+        trt = _load(self.family)
+        profiles = config.profiles or default_profiles(source.contract)
+        for profile in profiles:
+            profile.check(source.contract)
+        start = time.perf_counter()
+        kept = _FP32_ONLY.get(config.precision, frozenset())
+        graph = typed_graph(source, config, keep_op_types=kept)
+        log, complaints = _collecting_logger(trt)
+        builder = trt.Builder(log)
+        network = builder.create_network(_network_flags(trt))
+        parser = trt.OnnxParser(network, log)
+        with tempfile.TemporaryDirectory(prefix="weaksam-engine-") as folder:
+            save_onnx(portable_model(graph), Path(folder) / "model.onnx")
+            is_read = parser.parse_from_file(str(Path(folder) / "model.onnx"))
+        if not is_read:
+            complaints += [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise self._refusal(source, "read the graph of", complaints)
+        settings = self._settings(trt, builder, config, profiles)
+        plan = builder.build_serialized_network(network, settings)
+        if plan is None:
+            raise self._refusal(source, "build", complaints)
+        _keep_timing_cache(settings, config)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(memoryview(plan))
+        return BuiltEngine(
+            precision=config.precision,
+            compute_capabilities=config.compute_capabilities or (this_gpu(),),
+            profiles=tuple(profiles),
+            versions={self.engine: trt.__version__},
+            build_s=round(time.perf_counter() - start, 2),
+            size_bytes=path.stat().st_size,
+        )
+
+    def _refusal(
+        self, source: EngineSource, what: str, complaints: Sequence[str]
+    ) -> EngineBuildError:
+        reason = " ".join((complaints[-1] if complaints else "no reason given").split())
+        return EngineBuildError(
+            f"{self.engine} cannot {what} {source.contract.name}: {reason[:500]}; export it with "
+            "operators that the engine has, or serve it with onnxruntime"
+        )
+
+    def _settings(
+        self, trt: Any, builder: Any, config: EngineConfig, profiles: tuple[Profile, ...]
+    ) -> Any:
+        settings = builder.create_builder_config()
+        if config.workspace_bytes is not None:
+            settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_bytes)
+        if self.family.builds_ahead_of_time:
+            settings.num_compute_capabilities = len(config.compute_capabilities)
+            for index, capability in enumerate(config.compute_capabilities):
+                settings.set_compute_capability(_known(trt)[capability], index)
+        elif config.timing_cache is not None:
+            before = config.timing_cache.read_bytes() if config.timing_cache.is_file() else b""
+            settings.set_timing_cache(settings.create_timing_cache(before), ignore_mismatch=False)
+        for profile in profiles:
+            added = builder.create_optimization_profile()
+            for name, shapes in profile.inputs.items():
+                added.set_shape(name, shapes.smallest, shapes.usual, shapes.largest)
+            settings.add_optimization_profile(added)
+        return settings
+
+
+def this_gpu() -> str:
+    """Compute capability of this machine's first GPU.
+
+    Raises:
+        BackendUnavailableError: It has none.
+    """
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError("no CUDA device is visible on this machine")
+    major, minor = torch.cuda.get_device_capability(0)
+    return f"{major}.{minor}"
+
+
+def _load(family: TensorRtFamily) -> ModuleType:
+    reasons = []
+    for name in family.modules:
+        try:
+            trt = importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError) as error:
+            reasons.append(f"{name}: {str(error).splitlines()[0]}")
+            continue
+        if not hasattr(trt, "Builder"):
+            reasons.append(f"{name} has no builder")
+            continue
+        if int(trt.__version__.split(".")[0]) not in family.major_versions:
+            raise BackendUnavailableError(
+                f"{family.engine} {trt.__version__} is installed, this builder works with "
+                f"{family.major_versions}; {family.install}"
+            )
+        return trt
+    raise BackendUnavailableError(
+        f"{family.engine} is not usable here ({'; '.join(reasons)}); {family.install}"
+    )
+
+
+def _check_targets(trt: ModuleType, family: TensorRtFamily, config: EngineConfig) -> None:
+    known = _known(trt)
+    unknown = [c for c in config.compute_capabilities if c not in known]
+    if unknown or not config.compute_capabilities:
+        raise ValueError(
+            f"{family.engine} {trt.__version__} builds for compute capabilities "
+            f"{', '.join(known)}, got {', '.join(config.compute_capabilities) or 'none'}; for "
+            "other GPUs build with --engine tensorrt on the GPU itself"
+        )
+    if config.timing_cache is not None:
+        raise ValueError(f"{family.engine} measures no kernels while it builds: no timing cache")
+    if config.precision == "fp8" and any(
+        _number(c) < _number("8.9") for c in config.compute_capabilities
+    ):
+        raise ValueError(
+            f"fp8 needs compute capability 8.9 or later, got {config.compute_capabilities}"
+        )
+
+
+def _check_this_gpu(family: TensorRtFamily, config: EngineConfig) -> None:
+    try:
+        here = this_gpu()
+    except BackendUnavailableError as error:
+        raise BackendUnavailableError(
+            f"{family.engine} builds on the GPU it builds for: {error}; run this where it is, or "
+            "build with --engine tensorrt-rtx"
+        ) from error
+    if any(capability != here for capability in config.compute_capabilities):
+        raise BackendUnavailableError(
+            f"{family.engine} builds for the GPU at hand ({here}), asked for "
+            f"{', '.join(config.compute_capabilities)}; run this on such a GPU"
+        )
+
+
+def _known(trt: Any) -> Mapping[str, Any]:
+    """Targets of ``set_compute_capability`` by their usual spelling."""
+    members = trt.ComputeCapability.__members__
+    numbers = {name: value for name, value in members.items() if name[2:].isdigit()}
+    return {f"{name[2:-1]}.{name[-1]}": value for name, value in numbers.items()}
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
+
+
+def _network_flags(trt: Any) -> int:
+    """Strongly typed; where the flag is gone there is nothing else."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _keep_timing_cache(settings: Any, config: EngineConfig) -> None:
+    if config.timing_cache is not None:
+        with atomic_path(config.timing_cache) as temporary:
+            temporary.write_bytes(memoryview(settings.get_timing_cache().serialize()))
+
+
+def _collecting_logger(trt: Any) -> tuple[Any, list[str]]:
+    """A logger for the library and the errors it will have been told, newest last."""
+    errors: list[str] = []
+
+    class Collector(trt.ILogger):  # type: ignore[misc]  # the base is chosen at run time
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                errors.append(message)
+
+    return Collector(), errors

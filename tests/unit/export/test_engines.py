@@ -1,0 +1,238 @@
+"""Engines behind one interface: real TensorRT-RTX plans for GPUs that are not here, and precise
+refusals of what this machine cannot build.
+"""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from export.__main__ import engines
+from export.engines.aot_inductor import AotInductorModel
+from export.engines.base import EngineBuildError, EngineConfig
+from export.engines.build import BUILDERS, build_engine, builder_for, triton_platform
+from export.engines.profiles import Profile, ShapeRange, default_profiles
+from export.exportable import example_inputs
+from export.mixed_precision import KeepFp32
+from export.portable_graph import portable_model
+from export.verify import FP32, parity
+from tests.unit.export.toy_models import TOY_DETECTOR, ToyDetector
+from weaksam_rt.artifacts import load_artifact
+from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
+from weaksam_rt.contracts import (
+    DETECTOR,
+    SAM_MASK_DECODER,
+    SamParameters,
+    detector_contract,
+    engine_contract,
+)
+from weaksam_rt.errors import ArtifactError, BackendUnavailableError
+
+_ADA = EngineConfig(compute_capabilities=("8.9",))
+_WIDE = default_profiles(detector_contract(TOY_DETECTOR))[-1:]
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+@pytest.fixture
+def toy(toy_artifact):
+    return toy_artifact
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("capability", ["8.0", "8.9", "12.0"])
+def test_rtx_engines_are_built_ahead_of_time_for_each_gpu(toy, tmp_path, capability, precision):
+    config = EngineConfig(compute_capabilities=(capability,), precision=precision, profiles=_WIDE)
+    artifact = build_engine(toy, tmp_path, engine="tensorrt-rtx", config=config)
+    facts = artifact.provenance
+    assert load_artifact(tmp_path) == artifact
+    assert facts["precision"] == precision
+    assert facts["compute_capabilities"] == [capability]
+    assert facts["size_bytes"] == artifact.path.stat().st_size > 1000
+    assert facts["build_s"] > 0
+    assert facts["versions"]["tensorrt-rtx"].startswith("1.")
+    assert facts["profiles"][0]["inputs"]["image"]["largest"] == [8, 16, 16, 3]
+    assert facts["source"] == {"file": "toy"}
+
+
+def test_one_rtx_engine_serves_several_gpus_and_has_all_profiles(toy, tmp_path):
+    config = EngineConfig(compute_capabilities=("8.0", "8.9", "12.0"))
+    artifact = build_engine(toy, tmp_path, engine="tensorrt-rtx", config=config)
+    names = [profile["name"] for profile in artifact.provenance["profiles"]]
+    assert names == ["batch 1", "batch 4", "batch 8", "wide"]
+    assert artifact.provenance["compute_capabilities"] == ["8.0", "8.9", "12.0"]
+
+
+def test_an_rtx_plan_is_never_a_triton_tensorrt_plan(toy, tmp_path):
+    config = dataclasses.replace(_ADA, profiles=_WIDE)
+    artifact = build_engine(toy, tmp_path, engine="tensorrt-rtx", config=config)
+    assert artifact.path.suffix != ".plan"
+    with pytest.raises(ArtifactError, match="no Triton platform reads it"):
+        triton_platform(artifact)
+    with pytest.raises(ArtifactError, match="tensorrt-rtx, not for onnxruntime"):
+        OnnxRuntimeModel(artifact)
+    assert triton_platform(toy) == "onnxruntime_onnx"
+    assert triton_platform(dataclasses.replace(toy, engine="tensorrt")) == "tensorrt_plan"
+
+
+def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_knows(toy, tmp_path):
+    hopper = EngineConfig(compute_capabilities=("9.0",))
+    with pytest.raises(ValueError, match=r"8\.9, 12\.0.*got 9\.0.*--engine tensorrt"):
+        build_engine(toy, tmp_path, engine="tensorrt-rtx", config=hopper)
+    with pytest.raises(ValueError, match="got none"):
+        build_engine(toy, tmp_path, engine="tensorrt-rtx", config=EngineConfig())
+    with pytest.raises(ValueError, match="expected one like"):
+        EngineConfig(compute_capabilities=("sm89",))
+
+
+def test_rtx_has_no_timing_cache(toy, tmp_path):
+    config = dataclasses.replace(_ADA, timing_cache=tmp_path / "cache")
+    with pytest.raises(ValueError, match="no timing cache"):
+        build_engine(toy, tmp_path, engine="tensorrt-rtx", config=config)
+
+
+def _with_non_zero(path):
+    """A model with an operator that cannot be built without a GPU."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+            helper.make_node("NonZero", ["pixels"], ["boxes"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["b", 16, 16, 3])],
+        [helper.make_tensor_value_info("boxes", TensorProto.INT64, [4, "n"])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
+
+
+def test_what_the_builder_says_against_a_model_is_in_the_error(toy, tmp_path):
+    path = tmp_path / "non_zero.onnx"
+    _with_non_zero(path)
+    with pytest.raises(EngineBuildError, match=r"tensorrt-rtx cannot .* detector: .*\w"):
+        build_engine(
+            toy, tmp_path / "out", engine="tensorrt-rtx", config=_ADA, graph=onnx.load(path)
+        )
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        ("tensorrt", "tensorrt"),
+        ("onnxruntime-cuda", "install onnxruntime-gpu"),
+        ("aot-inductor-cuda", "no CUDA device is visible"),
+    ],
+)
+def test_what_needs_a_gpu_says_so_in_one_line(toy, tmp_path, engine, reason):
+    with pytest.raises(BackendUnavailableError, match=reason) as refusal:
+        build_engine(toy, tmp_path, engine=engine, config=EngineConfig(), module=ToyDetector())
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_engine_lists_the_known_ones():
+    with pytest.raises(ValueError, match="tensorrt, tensorrt-rtx, aot-inductor"):
+        builder_for("openvino")
+    assert all(builder.file_name for builder in BUILDERS.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_onnx_runtime_engines_run_and_agree(toy, tmp_path, precision):
+    config = EngineConfig(precision=precision)
+    artifact = build_engine(toy, tmp_path, engine="onnxruntime", config=config)
+    inputs = example_inputs(DETECTOR, TOY_DETECTOR)[0]
+    got, expected = OnnxRuntimeModel(artifact)(inputs), OnnxRuntimeModel(toy)(inputs)
+    limit = {"fp32": 1e-6, "fp16": 2e-3}[precision]
+    np.testing.assert_allclose(got["scores"], expected["scores"], atol=limit)
+    if precision == "fp16":
+        assert np.abs(got["scores"] - expected["scores"]).max() > 0
+
+
+def test_bf16_on_a_cpu_is_refused_with_onnx_runtimes_reason(toy, tmp_path):
+    with pytest.raises(EngineBuildError, match=r"CPUExecutionProvider .* in bf16: .*choose"):
+        build_engine(toy, tmp_path, engine="onnxruntime", config=EngineConfig(precision="bf16"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_aot_inductor_package_agrees_with_pytorch(toy, tmp_path):
+    module = ToyDetector()
+    artifact = build_engine(
+        toy, tmp_path, engine="aot-inductor", config=EngineConfig(), module=module
+    )
+    inputs = example_inputs(DETECTOR, TOY_DETECTOR)
+    report = parity(module, AotInductorModel(artifact), toy.contract, inputs, FP32)
+    assert report["boxes"]["max_abs_error"] < 1e-5
+    assert artifact.provenance["versions"] == {"torch": torch.__version__}
+
+
+def test_an_aot_inductor_package_needs_the_model_in_pytorch(toy, tmp_path):
+    with pytest.raises(ValueError, match="give the checkpoint"):
+        build_engine(toy, tmp_path, engine="aot-inductor", config=EngineConfig())
+
+
+def test_int8_is_built_from_a_quantised_graph_only(toy, tmp_path):
+    config = dataclasses.replace(_ADA, precision="int8")
+    with pytest.raises(ValueError, match="no QuantizeLinear"):
+        build_engine(toy, tmp_path, engine="tensorrt-rtx", config=config)
+
+
+def test_an_engine_does_not_replace_the_model_it_is_built_from(toy):
+    with pytest.raises(ValueError, match="built from"):
+        build_engine(toy, toy.path.parent, engine="onnxruntime", config=EngineConfig())
+
+
+def test_kept_nodes_are_those_of_the_graph(toy, tmp_path):
+    config = EngineConfig(precision="fp16", keep_fp32=KeepFp32(nodes=frozenset({"nobody"})))
+    with pytest.raises(ValueError, match="nobody"):
+        build_engine(toy, tmp_path, engine="onnxruntime", config=config)
+
+
+def test_default_profiles_are_narrow_for_hot_sizes_and_one_is_wide():
+    parameters = SamParameters(image_size=64, embedding_size=8, embedding_dim=16)
+    contract = engine_contract(SAM_MASK_DECODER, parameters)
+    hot, wide = default_profiles(contract)
+    assert hot.inputs["point_coords"].smallest == hot.inputs["point_coords"].largest == (64, 2, 2)
+    assert wide.inputs["image_embeddings"].smallest == (1, 16, 8, 8)
+    assert wide.inputs["image_embeddings"].largest == (8, 16, 8, 8)
+    for profile in (hot, wide):
+        profile.check(contract)
+
+
+def test_a_profile_of_another_shape_is_refused():
+    sizes = (1, 17, 16, 3)
+    profile = Profile(
+        name="odd", inputs={"image": ShapeRange(smallest=sizes, usual=sizes, largest=sizes)}
+    )
+    with pytest.raises(ValueError, match=r"detector\.image is \[-1, 16, 16, 3\], got \[1, 17"):
+        profile.check(detector_contract(TOY_DETECTOR))
+    with pytest.raises(ValueError, match="smallest <= usual"):
+        ShapeRange(smallest=(2,), usual=(1,), largest=(3,))
+
+
+def test_bytes_are_cast_before_they_are_moved_with_the_same_answer(toy):
+    portable = portable_model(onnx.load(toy.path))
+    first = next(node for node in portable.graph.node if "image" in node.input)
+    assert first.op_type == "Cast"
+    onnx.checker.check_model(portable, full_check=True)
+    inputs = example_inputs(DETECTOR, TOY_DETECTOR)[1]
+    moved = dataclasses.replace(toy, path=toy.path.with_name("portable.onnx"))
+    onnx.save(portable, moved.path)
+    expected, got = OnnxRuntimeModel(toy)(inputs), OnnxRuntimeModel(moved)(inputs)
+    np.testing.assert_array_equal(got["boxes"], expected["boxes"])
+
+
+def test_the_command_builds_every_model_of_a_folder(toy, tmp_path):
+    engines(
+        toy.path.parent.parent,
+        tmp_path,
+        engine="tensorrt-rtx",
+        precision="bf16",
+        compute_capability=("8.0", "12.0"),
+        hot_batches=(),
+    )
+    (folder,) = tmp_path.iterdir()
+    assert load_artifact(folder).engine == "tensorrt-rtx"
