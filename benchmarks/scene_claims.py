@@ -33,9 +33,9 @@ from training.generate_pseudo_labels import (
     statistics,
 )
 from training.models.detector_adapter import DetectorAdapter
-from training.models.squeezenet import load_imagenet_squeezenet
+from training.models.wsod_trunks import load_trunk
 from training.pseudo_labels.adaptive import AdaptiveConfig
-from training.retrain_detector import DetectorRecipe, train
+from training.retrain_detector import DetectorRecipe, initial_model, train
 from training.retraining.drop_truth import drop_report
 from training.retraining.faster_rcnn import FasterRcnnConfig
 from training.retraining.roi_drop import RoiDropConfig
@@ -102,8 +102,9 @@ def mil(experiment: Experiment) -> None:
     """Train OICR and MIST on the same proposals, all training images."""
     proposals = _proposals_of(experiment)
     folder = load_coco_folder(experiment.data / "train")
-    trunk = load_imagenet_squeezenet(experiment.trunk_weights)
-    samples = load_samples(folder, proposals, trunk, WsodRecipe())
+    trunk = load_trunk(WsodRecipe().model.trunk, experiment.trunk_weights)
+    store = experiment.output / f"descriptions_{experiment.proposals_name}.bin"
+    samples = load_samples(folder, proposals, trunk, WsodRecipe(), store=store)
     for seed in range(experiment.num_seeds):
         for method in _MIL_METHODS:
             recipe = WsodRecipe(method=method, epochs=12, seed=seed)
@@ -174,7 +175,8 @@ def _train_and_evaluate(
     *,
     truth: CocoFolder | None = None,
 ) -> dict[str, Any]:
-    model = train(stage, folder, recipe, experiment.trunk_weights, truth=truth)
+    start = initial_model(recipe, folder.class_names, experiment.trunk_weights)
+    model = train(stage, folder, recipe, start, truth=truth)
     val = load_coco_folder(experiment.data / "val", classes=folder.class_names)
     adapter = DetectorAdapter(model).eval()
     found = detect_folder(adapter, val, image_size=_FRAME_SIDE, config=recipe.detection)

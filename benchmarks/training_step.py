@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def main(config: TrainingStepConfig) -> None:
     batch = _random_batch(config)
     for turn in track(range(config.warmup + config.rounds), description="rounds"):
         for name in names if turn % 2 == 0 else reversed(names):
-            spent = _timed(lambda v=variants[name]: _step(v, batch, config), config)
+            spent = _timed(partial(_step, variants[name], batch, config), config)
             if turn >= config.warmup:
                 seconds[name].append(spent)
     drop = [_timed_drop(variants["ours, RoI drop"], batch, config) for _ in range(config.rounds)]

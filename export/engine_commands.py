@@ -84,10 +84,9 @@ def engines(
             module=modules.get(source.model),
             graph=_quantized(source, config, calibration, max_calibration_images),
         )
-        facts = built.provenance
-        _LOGGER.info(
-            "%s: %.1f MB in %.1f s", built.path, facts["size_bytes"] / 1e6, facts["build_s"]
-        )
+        megabytes = built.path.stat().st_size / 1e6
+        seconds = built.passport.exporter["seconds"]
+        _LOGGER.info("%s: %.1f MB in %.1f s", built.path, megabytes, seconds)
 
 
 def doctor(

@@ -98,7 +98,6 @@ class AotInductorBuilder:
             profiles=(),
             versions={"torch": torch.__version__},
             build_s=round(time.perf_counter() - start, 2),
-            size_bytes=path.stat().st_size,
         )
 
     def _check_gpu(self, config: EngineConfig) -> None:

@@ -1,9 +1,9 @@
 """What every engine builder takes and gives."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import onnx
 from torch import nn
@@ -66,7 +66,7 @@ class EngineSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuiltEngine:
-    """What a builder knows of the file it wrote; it goes into the manifest."""
+    """What a builder knows of the file it wrote; it goes into the passport."""
 
     precision: EnginePrecision
     compute_capabilities: tuple[str, ...]
@@ -74,11 +74,6 @@ class BuiltEngine:
     versions: Mapping[str, str]
     """Of the builder."""
     build_s: float
-    size_bytes: int
-
-    def provenance(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
 
 def typed_graph(

@@ -1,20 +1,19 @@
 """From an ONNX artifact to an engine artifact: build, then the manifest."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import onnx
 from torch import nn
 
 from export.engines.aot_inductor import AotInductorBuilder
-from export.engines.base import EngineBuilder, EngineConfig, EngineSource
+from export.engines.base import BuiltEngine, EngineBuilder, EngineConfig, EngineSource
 from export.engines.onnx_runtime import OnnxRuntimeBuilder
 from export.engines.tensorrt import TENSORRT, TENSORRT_RTX, TensorRtBuilder
 from training.engine.stage import git_commit, package_versions
-from weaksam_rt.artifacts import ModelArtifact, load_artifact, write_manifest
+from weaksam_rt.artifacts import ModelArtifact, Passport, load_artifact, write_manifest
 from weaksam_rt.errors import ArtifactError
-from weaksam_rt.files import sha256_of_file
 
 BUILDERS: Mapping[str, EngineBuilder] = {
     "onnxruntime": OnnxRuntimeBuilder(),
@@ -89,7 +88,7 @@ def build_engine(
         model=source.model,
         engine=builder.engine,
         parameters=source.parameters,
-        provenance={**_origin(source), **built.provenance()},
+        provenance=_passport(source, builder.engine, built),
     )
 
 
@@ -105,14 +104,17 @@ def exported_onnx(models: Path) -> list[ModelArtifact]:
     return [load_artifact(folder) for folder in folders]
 
 
-def _origin(source: ModelArtifact) -> dict[str, Any]:
-    """What the engine's manifest keeps of the model's."""
-    return {
-        "source": source.provenance.get("source"),
-        "onnx": {
-            "sha256": sha256_of_file(source.path),
-            **{k: source.provenance.get(k) for k in ("exporter", "parity", "tolerance", "commit")},
-        },
-        "packages": package_versions(),
-        "commit": git_commit(),
-    }
+def _passport(source: ModelArtifact, engine: str, built: BuiltEngine) -> Passport:
+    """The model's passport, and what the builder added to it."""
+    origin = source.passport
+    of_model = {key: getattr(origin, key) for key in ("exporter", "parity", "tolerance", "commit")}
+    return Passport(
+        source=origin.source,
+        commit=git_commit(),
+        versions={**package_versions(), **built.versions},
+        precision=built.precision,
+        compute_capabilities=built.compute_capabilities,
+        profiles=tuple(asdict(profile) for profile in built.profiles),
+        exporter={"name": engine, "seconds": built.build_s},
+        notes={"onnx": {"sha256": source.sha256, **of_model}},
+    )

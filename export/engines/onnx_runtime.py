@@ -79,5 +79,4 @@ class OnnxRuntimeBuilder:
             profiles=(),
             versions={"onnxruntime": onnxruntime.__version__},
             build_s=round(time.perf_counter() - start, 2),
-            size_bytes=path.stat().st_size,
         )

@@ -126,7 +126,6 @@ class TensorRtBuilder:
             profiles=tuple(profiles),
             versions={self.engine: trt.__version__},
             build_s=round(time.perf_counter() - start, 2),
-            size_bytes=path.stat().st_size,
         )
 
     def _refusal(

@@ -46,23 +46,24 @@ def toy(toy_artifact):
 def test_rtx_engines_are_built_ahead_of_time_for_each_gpu(toy, tmp_path, capability, precision):
     config = EngineConfig(compute_capabilities=(capability,), precision=precision, profiles=_WIDE)
     artifact = build_engine(toy, tmp_path, engine="tensorrt-rtx", config=config)
-    facts = artifact.provenance
+    passport = artifact.passport
     assert load_artifact(tmp_path) == artifact
-    assert facts["precision"] == precision
-    assert facts["compute_capabilities"] == [capability]
-    assert facts["size_bytes"] == artifact.path.stat().st_size > 1000
-    assert facts["build_s"] > 0
-    assert facts["versions"]["tensorrt-rtx"].startswith("1.")
-    assert facts["profiles"][0]["inputs"]["image"]["largest"] == [8, 16, 16, 3]
-    assert facts["source"] == {"file": "toy"}
+    assert artifact.path.stat().st_size > 1000
+    assert passport.precision == precision
+    assert passport.compute_capabilities == (capability,)
+    assert passport.exporter["name"] == "tensorrt-rtx"
+    assert passport.exporter["seconds"] > 0
+    assert passport.versions["tensorrt-rtx"].startswith("1.")
+    assert passport.profiles[0]["inputs"]["image"]["largest"] == [8, 16, 16, 3]
+    assert passport.source == {"file": "toy"}
 
 
 def test_one_rtx_engine_serves_several_gpus_and_has_all_profiles(toy, tmp_path):
     config = EngineConfig(compute_capabilities=("8.0", "8.9", "12.0"))
     artifact = build_engine(toy, tmp_path, engine="tensorrt-rtx", config=config)
-    names = [profile["name"] for profile in artifact.provenance["profiles"]]
+    names = [profile["name"] for profile in artifact.passport.profiles]
     assert names == ["batch 1", "batch 4", "batch 8", "wide"]
-    assert artifact.provenance["compute_capabilities"] == ["8.0", "8.9", "12.0"]
+    assert artifact.passport.compute_capabilities == ("8.0", "8.9", "12.0")
 
 
 def test_an_rtx_plan_is_never_a_triton_tensorrt_plan(toy, tmp_path):
@@ -166,7 +167,7 @@ def test_an_aot_inductor_package_agrees_with_pytorch(toy, tmp_path):
     inputs = example_inputs(DETECTOR, TOY_DETECTOR)
     report = parity(module, AotInductorModel(artifact), toy.contract, inputs, FP32)
     assert report["boxes"]["max_abs_error"] < 1e-5
-    assert artifact.provenance["versions"] == {"torch": torch.__version__}
+    assert artifact.passport.versions["torch"] == torch.__version__
 
 
 def test_an_aot_inductor_package_needs_the_model_in_pytorch(toy, tmp_path):
