@@ -6,7 +6,7 @@ machines, or on artifacts of different accuracy (``--force`` compares all the sa
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -123,7 +123,7 @@ def compare_results(
 
 
 def _accuracy_hindrances(
-    model: str, before: dict[str, float], after: dict[str, float]
+    model: str, before: Mapping[str, float], after: Mapping[str, float]
 ) -> Iterator[str]:
     if not before or not after:
         yield f"{model} is another file, and its accuracy is not recorded"

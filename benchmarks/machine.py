@@ -6,18 +6,18 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 
 from training.engine.stage import package_versions
 
-_MATMUL_SIDE = 1536
-_COPY_MIB = 256
+_MATMUL_SIDE, _MATMUL_SIDE_GPU = 1536, 8192
+_COPY_MIB, _COPY_MIB_GPU = 256, 4096
 _PEERS = ("nvidia-pytriton", "segment-anything", "tritonclient")
 
 
@@ -50,7 +50,7 @@ class Peaks:
     """What this machine does at most, measured: the two lines of its roofline."""
 
     flops: float
-    """Floating-point operations a second of a large float32 matrix product, all threads."""
+    """Floating-point operations a second of a large matrix product, all threads."""
     bytes: float
     """Bytes a second that a large copy reads and writes together."""
 
@@ -90,24 +90,35 @@ def read_clocks() -> Clocks:
     )
 
 
-def measure_peaks(*, repeats: int = 7) -> Peaks:
-    """Measure both limits on the CPU, best of ``repeats``: a limit is what was reached once."""
-    size = _MATMUL_SIDE
-    left, right = torch.rand(size, size), torch.rand(size, size)
-    source = np.ones(_COPY_MIB * 2**20 // 8)
-    target = np.empty_like(source)
-    matmul, copy = [], []
+def measure_peaks(device: str = "cpu", *, mixed_precision: bool = False, repeats: int = 7) -> Peaks:
+    """Measure both limits, best of ``repeats``: a limit is what was reached once.
+
+    Args:
+        device: A torch device.
+        mixed_precision: Matrices of bfloat16 instead of float32.
+        repeats: At least 1.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    size = _MATMUL_SIDE if on_cpu else _MATMUL_SIDE_GPU
+    dtype = torch.bfloat16 if mixed_precision else torch.float32
+    matrix = torch.rand(size, size, device=device).to(dtype)
+    source = torch.ones((_COPY_MIB if on_cpu else _COPY_MIB_GPU) * 2**18, device=device)
+    target = torch.empty_like(source)
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # whatever the environment says
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        matmul.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        np.copyto(target, source)
-        copy.append(time.perf_counter() - start)
+    matmul = [_seconds(lambda: torch.mm(matrix, matrix), on_cpu=on_cpu) for _ in range(repeats)]
+    copy = [_seconds(lambda: target.copy_(source), on_cpu=on_cpu) for _ in range(repeats)]
     torch.set_num_threads(threads)
-    return Peaks(flops=2 * size**3 / min(matmul), bytes=2 * source.nbytes / min(copy))
+    moved = 2 * source.numel() * source.element_size()
+    return Peaks(flops=2 * size**3 / min(matmul), bytes=moved / min(copy))
+
+
+def _seconds(work: Callable[[], object], *, on_cpu: bool) -> float:
+    start = time.perf_counter()
+    work()
+    if not on_cpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _processor() -> str:
