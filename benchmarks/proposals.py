@@ -78,10 +78,14 @@ class ProposalsConfig:
     """Boxes that overlap a better one by more than this IoU go."""
     prompts_per_call: int = 8
     """Of one decoder call of ours; the best of 8, 16 and 64 on two cores."""
+    full_resolution_boxes: bool = True
+    """Boxes as the generator gives them; without, from low-resolution logits."""
     peer_prompts_per_call: tuple[int, ...] = (64, 8)
     """Of one decoder call of the generator: its default, and ours."""
     predictor_prompts: int = 16
     """Points given to ``SamPredictor`` one by one; 0 leaves it out."""
+    torch_modules: bool = True
+    """Also run our pipeline on the torch modules."""
     images: int = 3
     """Most pictures."""
     repeats: int = 3
@@ -100,6 +104,7 @@ class ProposalsConfig:
             grid_nms_thresh=self.nms_thresh,
             min_side_px=0.0,
             max_prompts_per_call=self.prompts_per_call,
+            full_resolution_boxes=self.full_resolution_boxes,
         )
 
 
@@ -139,6 +144,8 @@ def main(
         pictures_from: A picture, or a folder of them; None: a photograph of 640x480.
         output: Path without suffix; result.json, .md and .html are written there.
     """
+    if not config.torch_modules and models is None:
+        raise ValueError("nothing of ours to run: leave torch_modules on, or give --models")
     loaded = _load(sam)
     record = (
         ArtifactRecord(model=sam, engine="random weights", sha256="", accuracy={})
@@ -282,7 +289,8 @@ def _ways(sam: Sam, config: ProposalsConfig, models: Path | None) -> dict[str, W
     ways = {
         _peer_name(number): peer_way(sam, config, number) for number in config.peer_prompts_per_call
     }
-    ways[_TORCH] = our_way(*torch_models(sam, config), config)
+    if config.torch_modules:
+        ways[_TORCH] = our_way(*torch_models(sam, config), config)
     if models is not None:
         artifacts = _engine_artifacts(models)
         engines: dict[str, ModelFunction] = {a.model: OnnxRuntimeModel(a) for a in artifacts}

@@ -30,6 +30,7 @@ from weaksam_rt.masks import (
     MASK_THRESHOLD,
     boxes_from_logits,
     encode_rle,
+    full_resolution_boxes,
     image_logits,
     low_res_stability,
     mask_to_box,
@@ -50,7 +51,12 @@ from weaksam_rt.prompts import (
     point_prompt,
     sam_prompts,
 )
-from weaksam_rt.proposals import PromptedBoxes, select_proposals
+from weaksam_rt.proposals import (
+    PromptedBoxes,
+    ProposalConfig,
+    passes_scores,
+    select_proposals,
+)
 from weaksam_rt.types import (
     Detections,
     ImageSize,
@@ -331,7 +337,9 @@ class WeakSamPipeline:
             singles += together
             sources += [int(source)] * len(together)
         parts = [
-            _boxes_of_call(decoded, np.array(sources, np.int32), embedded.frame)
+            _boxes_of_call(
+                decoded, np.array(sources, np.int32), embedded.frame, self._config.proposals
+            )
             for decoded in await self._decode(embedded, singles)
         ]
         return _in_prompt_order(parts)
@@ -442,19 +450,23 @@ def _of_source(prompts: PointPrompts, source: PromptSource) -> PointPrompts:
 
 
 def _boxes_of_call(
-    decoded: _Decoded, sources: NDArray[np.int32], frame: ModelFrame
+    decoded: _Decoded, sources: NDArray[np.int32], frame: ModelFrame, config: ProposalConfig
 ) -> tuple[NDArray[np.int64], PromptedBoxes]:
-    """Prompt positions and boxes of one decoder call's masks."""
+    """Prompt positions and boxes of one decoder call's masks that pass the score filters."""
     call_sources = sources[decoded.positions]
     chosen = np.zeros(decoded.iou_predictions.shape, dtype=bool)
     chosen[call_sources == PromptSource.GRID, _MULTIMASK] = True
     chosen[call_sources != PromptSource.GRID, _WHOLE_MASKS] = True
-    prompt, _ = np.nonzero(chosen)
-    logits = decoded.logits[chosen]
+    prompt, mask = np.nonzero(chosen)
+    stability = low_res_stability(decoded.logits[chosen], frame)
+    scores = decoded.iou_predictions[chosen]
+    passed = passes_scores(call_sources[prompt], scores, stability, config)
+    prompt, mask = prompt[passed], mask[passed]
+    box_function = full_resolution_boxes if config.full_resolution_boxes else boxes_from_logits
     boxes = PromptedBoxes(
-        boxes=boxes_from_logits(logits, frame),
-        iou_predictions=decoded.iou_predictions[chosen],
-        stability=low_res_stability(logits, frame),
+        boxes=box_function(decoded.logits[prompt, mask], frame),
+        iou_predictions=scores[passed],
+        stability=stability[passed],
         sources=call_sources[prompt],
     )
     return decoded.positions[prompt], boxes
