@@ -1,10 +1,12 @@
 """The load generators on a real server."""
 
 import asyncio
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.cold_start import start_once
 from benchmarks.compare import hindrances
 from benchmarks.engines import EnginesConfig
 from benchmarks.engines import measure as measure_engines
@@ -15,16 +17,20 @@ from benchmarks.perf_analyzer import (
     find_perf_analyzer,
     run_perf_analyzer,
 )
-from benchmarks.served import read_statistics, sender, since, wire_bytes
+from benchmarks.pictures import photograph
+from benchmarks.served import read_statistics, sender, serve, since, wire_bytes
 from benchmarks.serving import ServingConfig, measure
+from benchmarks.soak import SoakConfig, memory_grew, soak
 from tests.integration.pictures import JPEG
 from weaksam_rt.client.messages import Call, detect_call, infer_request
-from weaksam_rt.contracts import ModelContract, TensorSpec
+from weaksam_rt.contracts import DETECTOR, ModelContract, TensorSpec
 from weaksam_rt.model_config import ModelSettings, ServingOptions, config_text
-from weaksam_rt.model_repository import ExportedModels
+from weaksam_rt.model_repository import ExportedModels, load_exported_models
 from weaksam_rt.server import EmbeddedServer
 
 pytestmark = pytest.mark.integration
+
+DEMO_MODELS = Path(__file__).parents[2] / "assets" / "demo_models"
 
 _STALL_S, _STALL_EVERY = 0.6, 60
 _NUMBER = TensorSpec(name="x", dtype="INT32", shape=(1,), description="anything")
@@ -68,9 +74,7 @@ def stalling_server(tmp_path_factory):
 
 
 def test_the_open_loop_reports_the_stalls_that_a_closed_loop_hides(stalling_server):
-    call = Call(
-        request=infer_request(STALLING, {"x": np.zeros(1, np.int32)}), parse=lambda r: r
-    )
+    call = Call(request=infer_request(STALLING, {"x": np.zeros(1, np.int32)}), parse=lambda r: r)
 
     async def both():
         async with sender(stalling_server.grpc_address, [call]) as send:
@@ -170,3 +174,45 @@ def test_our_closed_loop_agrees_with_perf_analyzer(exported, server):
         theirs = run_perf_analyzer(binary, server.grpc_address, JPEG, config)
         ratios.append(load.throughput / theirs.throughput)
     assert 0.6 < np.median(ratios) < 1.4
+
+
+@pytest.mark.slow
+def test_requests_in_flight_become_batches_of_the_demo_detector():
+    demo = load_exported_models(DEMO_MODELS)
+    detector = next(a for a in demo.artifacts if a.model == DETECTOR)
+    alone = ExportedModels(artifacts=(detector,), config=demo.config)
+    with serve(alone) as server:
+
+        async def load():
+            async with sender(server.grpc_address, [detect_call(photograph())]) as send:
+                await closed_loop(send, concurrency=8, limits=Limits(seconds=60, requests=16))
+                before = read_statistics(server.grpc_address)
+                done = await closed_loop(
+                    send, concurrency=8, limits=Limits(seconds=120, requests=96)
+                )
+                return done, since(before, read_statistics(server.grpc_address))
+
+        done, seen = asyncio.run(load())
+    assert done.num_errors == 0
+    assert seen[DETECTOR].mean_batch > 2
+
+
+@pytest.mark.slow
+def test_two_minutes_of_load_cost_no_memory_and_no_request(exported):
+    config = SoakConfig(minutes=2)
+    soaked = soak(exported, config, [JPEG])
+    assert len(soaked.load.samples) > 100
+    assert soaked.load.num_errors == 0
+    assert len(soaked.memory_mib) > 60
+    assert not memory_grew(soaked, config), soaked.trend_mib_an_hour
+
+
+@pytest.mark.slow
+def test_a_cold_start_is_split_into_steps_that_add_up(artifacts):
+    models = artifacts[0].path.parents[1]
+    steps = start_once(models, JPEG, timeout_s=120)
+    assert len(steps) == 5
+    assert all(seconds >= 0 for seconds in steps.values())
+    assert steps["Python, imports, repository"] > 0.05
+    assert steps["models load and warm up"] > 0.05
+    assert sum(steps.values()) < 120
