@@ -41,10 +41,17 @@ snapshot: $(DEV)/.ready  ## Write triton_models/ anew from the models in assets/
 kernels: $(DEV)/.ready  ## Compile the prompt kernels for every GPU architecture into the package
 	$(DEV)/bin/python -m weaksam_rt.prompt_clustering.build
 
-bench: $(DEV)/.ready  ## Measure the demo detector through the server, and peaks and clustering
-	$(DEV)/bin/python -m benchmarks.detect_latency assets/demo_models
-	$(DEV)/bin/python -m benchmarks.peaks
-	$(DEV)/bin/python -m benchmarks.prompt_kernels
+bench: $(DEV)/.ready  ## A short form of every benchmark; results in out/bench
+	$(DEV)/bin/python -m benchmarks serving assets/demo_models --concurrency 1 4 8 --loads 0.5 0.8 --repeats 2 --seconds 2 --slo-steps 3 --output out/bench/serving
+	$(DEV)/bin/python -m benchmarks engines assets/demo_models --repeats 2 --requests 10 --seconds 2 --output out/bench/engines
+	$(DEV)/bin/python -m benchmarks explain assets/demo_models --pipeline detect --output out/bench/explain_detect
+	$(DEV)/bin/python -m benchmarks explain assets/demo_models --pipeline propose --repeats 2 --requests 2 --output out/bench/explain_propose
+	$(DEV)/bin/python -m benchmarks proposals --models assets/demo_models --points-per-side 16 --images 1 --repeats 2 --output out/bench/proposals
+	$(DEV)/bin/python -m benchmarks training --models assets/demo_models --repeats 2 --output out/bench/training
+	$(DEV)/bin/python -m benchmarks cold_start assets/demo_models --starts 2 --output out/bench/cold_start
+	$(DEV)/bin/python -m benchmarks soak assets/demo_models --minutes 1 --output out/bench/soak
+	$(DEV)/bin/python -m benchmarks peaks
+	$(DEV)/bin/python -m benchmarks prompt_kernels
 
 clean:  ## Remove environments and outputs
 	rm -rf $(DEMO) $(DEV) out

@@ -13,6 +13,8 @@ from weaksam_rt.types import ImageSize, InstanceMasks
 MASK_THRESHOLD = 0.0
 """A pixel with a logit above this is inside."""
 STABILITY_OFFSET = 1.0
+_ROWS_AT_A_TIME = 16
+"""Of the search for the edges of a mask; the first few usually hold it."""
 
 
 def image_logits(low_res_logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.float32]:
@@ -28,11 +30,7 @@ def image_logits(low_res_logits: NDArray[np.float32], frame: ModelFrame) -> NDAr
     Returns:
         float32 [..., h, w].
     """
-    side = low_res_logits.shape[-1]
-    height, width = frame.valid_size
-    to_frame = resize_matrix(frame.model_size, side)
-    rows = resize_matrix(frame.image_size[0], height) @ to_frame[:height]
-    columns = resize_matrix(frame.image_size[1], width) @ to_frame[:width]
+    rows, columns = _image_matrices(low_res_logits.shape[-1], frame)
     return rows @ low_res_logits @ columns.T
 
 
@@ -73,6 +71,32 @@ def boxes_from_logits(
     clipped = boxes.clip(0, [width, height, width, height])
     is_empty = valid.max(axis=(-2, -1)) <= MASK_THRESHOLD
     return np.where(is_empty[:, None], np.float32(0), frame.to_image(clipped))
+
+
+def full_resolution_boxes(
+    low_res_logits: NDArray[np.float32], frame: ModelFrame
+) -> NDArray[np.float32]:
+    """The box around each mask as it is at the image's resolution, without making the mask.
+
+    A low-resolution value just above the threshold can vanish in resizing, and with it what
+    ``boxes_from_logits`` takes for a part of the mask. Here rows and columns of the image are made
+    from the outside inwards, a few at a time, until one holds a pixel of the mask.
+
+    Args:
+        low_res_logits: [n, m, m] over the model frame.
+        frame: Where the image lies in it.
+
+    Returns:
+        ``mask_to_box(image_logits(low_res_logits, frame) > MASK_THRESHOLD)``, [n, 4].
+    """
+    rows, columns = _image_matrices(low_res_logits.shape[-1], frame)
+    sideways = low_res_logits.swapaxes(-1, -2)
+    top = _first_inside(low_res_logits, rows, columns)
+    bottom = len(rows) - _first_inside(low_res_logits, rows[::-1], columns)
+    left = _first_inside(sideways, columns, rows)
+    right = len(columns) - _first_inside(sideways, columns[::-1], rows)
+    boxes = np.stack([left, top, right, bottom], axis=-1).astype(np.float32)
+    return np.where((bottom > top)[:, None], boxes, np.float32(0))
 
 
 def stability_scores(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -172,6 +196,48 @@ def rle_iou(masks: InstanceMasks, others: InstanceMasks) -> NDArray[np.float32]:
 def _rles(masks: InstanceMasks) -> list[dict[str, object]]:
     size = list(masks.image_size)
     return [{"counts": counts, "size": size} for counts in masks.rle_counts]
+
+
+def _image_matrices(
+    side: int, frame: ModelFrame
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """From ``side`` low-resolution rows to the image's, [h, side], and columns, [w, side]."""
+    height, width = frame.valid_size
+    to_frame = resize_matrix(frame.model_size, side)
+    rows = resize_matrix(frame.image_size[0], height) @ to_frame[:height]
+    columns = resize_matrix(frame.image_size[1], width) @ to_frame[:width]
+    return rows, columns
+
+
+def _first_inside(
+    logits: NDArray[np.float32], rows: NDArray[np.float32], columns: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    """For each of [n, m, m] the first row of the image with a pixel above the threshold, [n]; the
+    number of rows where there is none.
+
+    Args:
+        logits: Low-resolution logits.
+        rows: [h, m], the image's rows in the order of the search.
+        columns: [w, m].
+    """
+    # A mean of low-resolution values is above the threshold only if one of them is.
+    is_high = (logits > MASK_THRESHOLD).any(axis=-1).astype(np.float32)
+    is_possible = is_high @ (rows > 0).T.astype(np.float32) > 0
+    num_rows = len(rows)
+    found = np.full(len(logits), num_rows, np.int64)
+    start = np.where(is_possible.any(axis=1), is_possible.argmax(axis=1), num_rows)
+    searched = np.flatnonzero(start < num_rows)
+    while len(searched):
+        index = start[searched, None] + np.arange(_ROWS_AT_A_TIME)
+        values = rows[np.minimum(index, num_rows - 1)] @ logits[searched] @ columns.T
+        is_inside = (values > MASK_THRESHOLD).any(axis=-1)
+        has_inside = is_inside.any(axis=1)
+        hits = searched[has_inside]
+        found[hits] = start[hits] + is_inside[has_inside].argmax(axis=1)
+        searched = searched[~has_inside]
+        start[searched] += _ROWS_AT_A_TIME
+        searched = searched[start[searched] < num_rows]
+    return found
 
 
 def _crop_to_valid(low_res_logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.float32]:

@@ -31,6 +31,7 @@ from weaksam_rt.masks import (
     MASK_THRESHOLD,
     boxes_from_logits,
     encode_rle,
+    full_resolution_boxes,
     image_logits,
     low_res_stability,
     mask_to_box,
@@ -56,6 +57,7 @@ from weaksam_rt.proposals import (
     SOURCE_NAMES,
     PromptedBoxes,
     ProposalConfig,
+    passes_scores,
     select_proposals,
 )
 from weaksam_rt.types import (
@@ -486,19 +488,23 @@ def _class_ids(tags: Sequence[str], class_names: Sequence[str]) -> list[int]:
 def _boxes_of_call(
     decoded: _Decoded, sources: NDArray[np.int32], frame: ModelFrame, config: ProposalConfig
 ) -> tuple[NDArray[np.int64], PromptedBoxes]:
-    """Prompt positions and boxes of one decoder call's masks."""
+    """Prompt positions and boxes of one decoder call's masks that pass the score filters."""
     call_sources = sources[decoded.positions]
     chosen = np.zeros(decoded.iou_predictions.shape, dtype=bool)
     is_grid = call_sources == PromptSource.GRID
     for is_member, masks in ((is_grid, config.grid_masks), (~is_grid, config.peak_masks)):
         for mask in masks:
             chosen[is_member, _MULTIMASK.start + mask] = True
-    prompt, _ = np.nonzero(chosen)
-    logits = decoded.logits[chosen]
+    prompt, output = np.nonzero(chosen)
+    stability = low_res_stability(decoded.logits[chosen], frame)
+    scores = decoded.iou_predictions[chosen]
+    passed = passes_scores(call_sources[prompt], scores, stability, config)
+    prompt, output = prompt[passed], output[passed]
+    box_function = full_resolution_boxes if config.full_resolution_boxes else boxes_from_logits
     boxes = PromptedBoxes(
-        boxes=boxes_from_logits(logits, frame),
-        iou_predictions=decoded.iou_predictions[chosen],
-        stability=low_res_stability(logits, frame),
+        boxes=box_function(decoded.logits[prompt, output], frame),
+        iou_predictions=scores[passed],
+        stability=stability[passed],
         sources=call_sources[prompt],
     )
     return decoded.positions[prompt], boxes

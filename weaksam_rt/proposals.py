@@ -46,6 +46,9 @@ class ProposalConfig:
     """Boxes narrower or lower than this go, in pixels of the original image."""
     max_prompts_per_call: int = 64
     """Prompts of one decoder call."""
+    full_resolution_boxes: bool = False
+    """Boxes of the masks at the image's resolution, as ``segment_anything`` gives them. Without,
+    they come from low-resolution logits: faster, and those of small and ragged masks differ."""
 
     def __post_init__(self) -> None:
         if not self.sources or not set(self.sources) <= set(SOURCE_NAMES):
@@ -84,6 +87,19 @@ class PromptedBoxes:
     """[n], values of ``PromptSource``."""
 
 
+def passes_scores(
+    sources: NDArray[np.int32],
+    iou_predictions: NDArray[np.float32],
+    stability: NDArray[np.float32],
+    config: ProposalConfig,
+) -> NDArray[np.bool_]:
+    """Which masks pass the score filters of their source, [n]; only the grid has any."""
+    is_good = (iou_predictions >= config.grid_iou_thresh) & (
+        stability >= config.grid_stability_thresh
+    )
+    return is_good | (sources != PromptSource.GRID)
+
+
 def select_proposals(
     prompted: PromptedBoxes, image_size: ImageSize, config: ProposalConfig
 ) -> Proposals:
@@ -114,10 +130,10 @@ def _keep_of_source(
 ) -> NDArray[np.int64]:
     members = np.flatnonzero(prompted.sources == source)
     if source == PromptSource.GRID:
-        is_good = (prompted.iou_predictions[members] >= config.grid_iou_thresh) & (
-            prompted.stability[members] >= config.grid_stability_thresh
+        is_good = passes_scores(
+            prompted.sources, prompted.iou_predictions, prompted.stability, config
         )
-        members = members[is_good]
+        members = members[is_good[members]]
         kept = nms(
             prompted.boxes[members], prompted.iou_predictions[members], config.grid_nms_thresh
         )

@@ -10,6 +10,7 @@ from weaksam_rt.masks import (
     boxes_from_logits,
     decode_rle,
     encode_rle,
+    full_resolution_boxes,
     image_logits,
     low_res_stability,
     mask_to_box,
@@ -67,6 +68,22 @@ def test_boxes_from_low_resolution_are_those_of_the_upsampled_masks(image_size):
     assert np.diag(box_iou(fast[is_seen], exact[is_seen])).mean() > 0.97
     assert (fast[:, 2] <= image_size[1]).all()
     assert (fast[:, 3] <= image_size[0]).all()
+
+
+@pytest.mark.parametrize("image_size", SIZES)
+def test_full_resolution_boxes_are_exactly_those_of_the_masks(image_size):
+    frame = longest_side_frame(image_size, 128)
+    rng = np.random.default_rng(5)
+    specks = np.full((12, 32, 32), -1, np.float32)
+    specks[np.arange(12), rng.integers(0, 32, 12), rng.integers(0, 32, 12)] = np.linspace(
+        0.01, 3, 12
+    )
+    noise = rng.normal(-2, 1, (12, 32, 32)).astype(np.float32)
+    logits = np.concatenate([_blobs(rng, 12, 32), specks, noise, np.full((1, 32, 32), -1.0)])
+    expected = mask_to_box(image_logits(logits.astype(np.float32), frame) > 0)
+    found = full_resolution_boxes(logits.astype(np.float32), frame)
+    np.testing.assert_array_equal(found, expected)
+    assert len(full_resolution_boxes(np.zeros((0, 32, 32), np.float32), frame)) == 0
 
 
 def test_padding_is_not_part_of_any_mask():

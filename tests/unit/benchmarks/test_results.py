@@ -1,0 +1,175 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.__main__ import benchmarks, run
+from benchmarks.compare import (
+    NOT_COMPARABLE,
+    NOTHING_WORSE,
+    SOMETHING_WORSE,
+    hindrances,
+)
+from benchmarks.compare import main as compare_files
+from benchmarks.markdown import markdown, number
+from benchmarks.page import page
+from benchmarks.results import (
+    ArtifactRecord,
+    Metric,
+    Point,
+    Recorder,
+    Series,
+    Stage,
+    Table,
+    Waterfall,
+    command_line,
+    read_result,
+    write_result,
+)
+from weaksam_rt.errors import ArtifactError
+
+
+def result(level=10.0, accuracy=0.5, sha256="ab" * 32):
+    metric = Metric(
+        name="latency <1>",
+        unit="ms",
+        repeats=tuple(tuple(level + 0.1 * i + 0.01 * k for k in range(30)) for i in range(5)),
+        floor=4.0,
+        floor_reason="the engine",
+    )
+    artifact = ArtifactRecord(
+        model="detector", engine="onnxruntime", sha256=sha256, accuracy={"val.voc_ap50": accuracy}
+    )
+    recorder = Recorder(what="serving", title="A & B", config={"slo": "p99"}, artifacts=(artifact,))
+    return recorder.result(
+        [metric],
+        series=[
+            Series(
+                plot="Throughput",
+                name="closed",
+                x_label="in flight",
+                y_label="images/s",
+                points=(Point(x=1, y=20, low=19, high=21), Point(x=2, y=30, low=28, high=33)),
+            )
+        ],
+        waterfalls=[Waterfall(title="Stages", stages=(Stage(name="a", milliseconds=3.0),))],
+        tables=[Table(title="T", header=("x", "y"), rows=(("1", "a|b"),))],
+        notes=["All is well."],
+    )
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to_file(name, **changes):
+        path = tmp_path / name
+        write_result(dataclasses.replace(result(), **changes) if changes else result(), path)
+        return path
+
+    return to_file
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path):
+    write_result(result(), tmp_path / "a.json")
+    once = read_result(tmp_path / "a.json")
+    write_result(once, tmp_path / "b.json")
+    assert read_result(tmp_path / "b.json") == once
+    samples = np.array(result().metrics[0].repeats)
+    np.testing.assert_allclose(once.metrics[0].repeats, samples, rtol=1e-4)  # 5 digits
+
+
+def test_a_result_says_what_it_depends_on(tmp_path):
+    write_result(result(), tmp_path / "r.json")
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["machine"]["cores"] >= 1
+    assert {"python", "numpy", "onnxruntime"} <= set(content["versions"])
+    assert len(content["clocks"]) == 2
+    assert content["artifacts"][0]["accuracy"] == {"val.voc_ap50": 0.5}
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format": 99}', "[1]"])
+def test_anything_else_is_no_result(tmp_path, text):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ArtifactError):
+        read_result(tmp_path / "r.json")
+
+
+def test_markdown_has_every_part():
+    text = markdown(result())
+    assert "10.3" in text  # the median of all
+    assert "39 % of 4.00" in text
+    assert "All is well." in text
+    assert "a\\|b" in text
+    assert "val.voc_ap50 0.5" in text
+
+
+def test_the_page_is_whole_and_escaped_and_needs_nothing():
+    text = page(result())
+    assert "A &amp; B" in text
+    assert "latency &lt;1&gt;" in text
+    assert text.count("<svg") == 3  # distribution, curve, waterfall
+    assert "<script" not in text
+    assert "http://www.w3.org" in text  # the only addresses are names of formats
+    assert 'src="http' not in text
+
+
+def test_a_quantile_without_samples_beyond_it_is_not_shown():
+    few = Metric(name="m", unit="ms", repeats=((1.0, 2.0, 3.0), (1.0, 2.0, 3.0)))
+    assert few.quantile(0.5) is not None
+    assert few.quantile(0.99) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (1234.5, "1,234"), (12.34, "12.3"), (0.01234, "0.0123")]
+)
+def test_numbers_are_short(value, text):
+    assert number(value) == text
+
+
+def test_a_command_names_no_folders_of_a_machine():
+    shown = command_line("serving", ["serving", "/home/a/b/models", "--repeats", "3"])
+    assert shown == "python -m benchmarks serving b/models --repeats 3"
+
+
+def test_equal_results_compare_as_the_same_and_a_slower_one_as_worse(write, capsys):
+    first, same = write("a.json"), write("b.json")
+    slower = write("c.json", metrics=result(level=13.0).metrics)
+    assert compare_files(first, same) == NOTHING_WORSE
+    assert compare_files(first, slower) == SOMETHING_WORSE
+    assert compare_files(slower, first) == NOTHING_WORSE
+    assert "better" in capsys.readouterr().out
+
+
+def test_other_machines_and_other_accuracies_are_refused_unless_forced(write, capsys):
+    first = write("a.json")
+    elsewhere = write("b.json", machine=dataclasses.replace(result().machine, cores=99))
+    other = ArtifactRecord(
+        model="detector", engine="onnxruntime", sha256="cd" * 32, accuracy={"val.voc_ap50": 0.4}
+    )
+    worse_model = write("c.json", artifacts=(other,))
+    for second, reason in ((elsewhere, "machines differ"), (worse_model, "another accuracy")):
+        assert compare_files(first, second) == NOT_COMPARABLE
+        assert reason in capsys.readouterr().err.replace("\n", " ")
+        assert compare_files(first, second, force=True) == NOTHING_WORSE
+
+
+def test_another_build_of_equal_accuracy_may_be_compared():
+    assert list(hindrances(result(), result(sha256="cd" * 32))) == []
+
+
+def test_a_damaged_file_is_no_verdict(write, tmp_path, capsys):
+    (tmp_path / "x.json").write_text("{")
+    assert compare_files(write("a.json"), tmp_path / "x.json") == NOT_COMPARABLE
+    assert "is no benchmark result" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_every_benchmark_explains_itself(capsys):
+    known = benchmarks()
+    assert {"serving", "explain", "compare", "peaks", "proposal_recall"} <= set(known)
+    assert all(summary.endswith(".") for summary in known.values())
+    assert run([]) == 0
+    assert run(["nonsense"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        run(["compare", "--help"])
+    assert ended.value.code == 0
+    assert "--least-change" in capsys.readouterr().out
