@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +11,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from tests.integration.pictures import PNG
-from weaksam_rt.artifacts import ModelArtifact, load_artifact, write_manifest
+from tests.integration.tiny_engines import SCORES
+from weaksam_rt.artifacts import load_artifact, write_manifest
 from weaksam_rt.cli import main
 from weaksam_rt.client import WeakSamClient
 from weaksam_rt.contracts import DETECTOR
@@ -36,7 +39,9 @@ pytestmark = pytest.mark.integration
 
 DETECT = "weaksam_detect"
 OLD, NEW = ("red", "green", "blue"), ("ruby", "emerald", "sapphire")
-"""Class names of two detectors: an answer shows which engine and which names it came from."""
+"""Class names of two detectors."""
+TOP = {OLD: 0.9, NEW: 0.6}
+"""What each gives to the red thing: an answer shows its engine as well as its names."""
 
 
 def nothing(version):
@@ -50,17 +55,24 @@ def old(artifacts):
 
 @pytest.fixture(scope="module")
 def new(old, tmp_path_factory):
-    return renamed(old, tmp_path_factory.mktemp("new"), NEW)
-
-
-def renamed(artifact: ModelArtifact, folder: Path, names) -> ModelArtifact:
-    shutil.copyfile(artifact.path, folder / artifact.path.name)
+    """The tiny detector with other class names and other scores."""
+    path = tmp_path_factory.mktemp("new") / old.path.name
+    model = onnx.load(old.path)
+    scores = np.array([list(SCORES.values())], np.float32)
+    (constant,) = [
+        tensor
+        for tensor in model.graph.initializer
+        if np.array_equal(numpy_helper.to_array(tensor), scores)
+    ]
+    other = scores * np.float32(TOP[NEW] / TOP[OLD])
+    constant.CopyFrom(numpy_helper.from_array(other, constant.name))
+    onnx.save(model, path)
     return write_manifest(
-        folder / artifact.path.name,
-        model=artifact.model,
-        engine=artifact.engine,
-        parameters=replace(artifact.parameters, class_names=names),
-        provenance={"source": {"sha256": names[0]}},
+        path,
+        model=old.model,
+        engine=old.engine,
+        parameters=replace(old.parameters, class_names=NEW),
+        provenance={"source": {"sha256": "new"}},
     )
 
 
@@ -90,7 +102,8 @@ class Load:
         while not self._stop.is_set():
             try:
                 result = self._client.detect(PNG)
-                self.answers.append((result.version, result.label_names))
+                score = round(float(result.detections.scores[0]), 4)
+                self.answers.append((result.version, result.label_names, score))
             except WeakSamError as error:
                 self.errors.append(error)
 
@@ -106,12 +119,13 @@ class Load:
         self._client.close()
 
 
-def names_of(version_names, version):
-    return (version_names[version][0], version_names[version][2])  # the picture has no green
+def answer_of(class_names, version):
+    names = class_names[version]
+    return version, (names[0], names[2]), TOP[names]  # the picture has no green
 
 
 def test_under_load_no_request_fails_and_every_answer_is_of_one_version(live, old, new):
-    """Three releases that change class names, and one rollback that a check forces."""
+    """Three releases that change engine and class names, and one way back that a check forces."""
     repository, server, control = live
     first = live_version(repository, DETECT)
     names = {first: OLD}
@@ -129,14 +143,22 @@ def test_under_load_no_request_fails_and_every_answer_is_of_one_version(live, ol
         names[last + 1] = OLD
         time.sleep(0.5)
     assert load.errors == []
-    seen = Counter(version for version, _ in load.answers)
+    seen = Counter(version for version, *_ in load.answers)
     assert set(seen) >= {first, first + 1, first + 2, last}
-    assert all(answer == names_of(names, version) for version, answer in load.answers)
+    assert all(answer == answer_of(names, answer[0]) for answer in load.answers)
     assert load.answers[-1][0] == last
     assert check_model_repository(repository) == []
     assert live_versions(repository, DETECTOR) == (last,)
     assert control.ready_versions(DETECTOR) == {last}
     assert last + 1 not in version_folders(repository, DETECT)
+
+
+def test_the_live_engine_is_not_started_anew_by_a_release(live, new):
+    repository, server, control = live
+    publish(repository, new, control, check_engine=nothing, watch=nothing)  # has its own labels now
+    before = server.log_tail(100_000).count("ModelInstanceInitialize: detector_")
+    publish(repository, new, control, check_engine=nothing, watch=nothing)
+    assert server.log_tail(100_000).count("ModelInstanceInitialize: detector_") == before + 1
 
 
 def test_a_rollback_serves_the_version_before_and_another_leads_on(live, old, new):
