@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,16 +23,16 @@ from weaksam_rt.artifacts import load_artifact, write_manifest
 from weaksam_rt.cli import main
 from weaksam_rt.client import WeakSamClient
 from weaksam_rt.contracts import DETECTOR
-from weaksam_rt.errors import ServerUnavailableError, WeakSamError
+from weaksam_rt.errors import ReleaseError, ServerUnavailableError, WeakSamError
 from weaksam_rt.live_repository import (
     live_version,
     live_versions,
-    read_config,
+    pipeline_file,
     version_folders,
 )
 from weaksam_rt.model_control import ModelControl
 from weaksam_rt.model_repository import JOURNAL_NAME, build_model_repository
-from weaksam_rt.releases import ReleaseError, publish, recover, roll_back
+from weaksam_rt.releases import publish, recover, roll_back
 from weaksam_rt.repository_check import check_model_repository
 from weaksam_rt.server import EmbeddedServer, ServerOptions
 
@@ -153,14 +154,6 @@ def test_under_load_no_request_fails_and_every_answer_is_of_one_version(live, ol
     assert last + 1 not in version_folders(repository, DETECT)
 
 
-def test_the_live_engine_is_not_started_anew_by_a_release(live, new):
-    repository, server, control = live
-    publish(repository, new, control, check_engine=nothing, watch=nothing)  # has its own labels now
-    before = server.log_tail(100_000).count("ModelInstanceInitialize: detector_")
-    publish(repository, new, control, check_engine=nothing, watch=nothing)
-    assert server.log_tail(100_000).count("ModelInstanceInitialize: detector_") == before + 1
-
-
 def test_a_rollback_serves_the_version_before_and_another_leads_on(live, old, new):
     repository, server, control = live
     before = live_version(repository, DETECT)
@@ -226,11 +219,48 @@ def run_cli(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_only_as_many_versions_stay_as_asked_for(live, new):
-    repository, _, control = live
-    publish(repository, new, control, check_engine=nothing, watch=nothing, keep=2)
+@pytest.fixture(scope="module")
+def observed(live, new):
+    """One release with the same class names as the live version, and what was seen on its way."""
+    repository, server, control = live
+    if pipeline_file(repository, DETECT).models.detector.class_names != NEW:
+        publish(repository, new, control, check_engine=nothing, watch=nothing)
+    seen = {"steps": [], "before": engines_started(server)}
+
+    def try_another(version):
+        del version
+        with pytest.raises(ReleaseError) as refused:
+            publish(repository, new, control, check_engine=nothing, watch=nothing)
+        seen["second"] = str(refused.value)
+        seen["recovered"] = recover(repository, control)
+
+    publish(
+        repository, new, control, check_engine=try_another, watch=nothing, keep=2,
+        on_step=seen["steps"].append,
+    )  # fmt: skip
+    return {**seen, "after": engines_started(server), "repository": repository}
+
+
+def engines_started(server):
+    return server.log_tail(100_000).count("ModelInstanceInitialize: detector_")
+
+
+def test_a_release_starts_the_new_engine_and_keeps_the_live_one(observed):
+    assert observed["after"] == observed["before"] + 1
+
+
+def test_two_releases_at_a_time_are_refused_and_a_running_one_is_not_undone(observed):
+    assert "is under way" in observed["second"]
+    assert observed["recovered"] is None
+
+
+def test_only_as_many_versions_stay_as_asked_for(observed):
     for model in (DETECT, DETECTOR):
-        assert len(version_folders(repository, model)) == 2
+        assert len(version_folders(observed["repository"], model)) == 2
+
+
+def test_the_list_of_steps_is_complete(observed):
+    assert tuple(observed["steps"]) == (*STEPS, *STEPS_AFTER_COMMIT)
 
 
 STEPS = (
@@ -266,7 +296,17 @@ def release_killed_after(step, repository, artifact, address):
     assert run.returncode == -signal.SIGKILL, run.stderr
 
 
-@pytest.mark.parametrize("step", [*STEPS, *STEPS_AFTER_COMMIT])
+_QUICK = {"write engine", "load engine", "watch", "unload engine"}
+"""One of each kind of step; the others take the same ways and as long, most of it waiting."""
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        step if step in _QUICK else pytest.param(step, marks=pytest.mark.slow)
+        for step in (*STEPS, *STEPS_AFTER_COMMIT)
+    ],
+)
 def test_a_release_killed_at_any_step_is_undone_or_done(live, new, step):
     """Until the commit the disk says the old version, so that a restarted server serves it; the
     running one is told back by whoever finds the journal.
@@ -295,29 +335,6 @@ def test_a_release_killed_at_any_step_is_undone_or_done(live, new, step):
         assert version_folders(repository, DETECTOR)[-1] == before + 1
 
 
-def test_the_list_of_steps_is_complete(live, new):
-    repository, _, control = live
-    seen = []
-    publish(repository, new, control, check_engine=nothing, watch=nothing, on_step=seen.append)
-    assert tuple(seen) == (*STEPS, *STEPS_AFTER_COMMIT)
-
-
-def test_a_restarted_server_serves_the_old_version_after_a_kill_in_probation(live, new):
-    repository, server, first_control = live
-    before = live_version(repository, DETECT)
-    release_killed_after("watch", repository, new, server.grpc_address)
-    with (
-        EmbeddedServer(repository, ServerOptions(load_models=("*",))) as restarted,
-        WeakSamClient(restarted.grpc_address) as client,
-        ModelControl(restarted.grpc_address) as control,
-    ):
-        assert client.detect(PNG).version == before
-        assert "undid" in recover(repository, control)
-        assert client.detect(PNG).version == before
-    first_control.load(DETECT, read_config(repository, DETECT))  # the other one is on probation yet
-    first_control.load(DETECTOR)
-
-
 def test_a_server_of_another_repository_is_refused(server, live, new):
     repository = live[0]
     with (
@@ -328,22 +345,16 @@ def test_a_server_of_another_repository_is_refused(server, live, new):
     assert not (repository / JOURNAL_NAME).exists()
 
 
-def test_two_releases_at_a_time_are_refused(live, new):
-    repository, _, control = live
-
-    def second(version):
-        del version
-        with pytest.raises(ReleaseError, match="is under way"):
-            publish(repository, new, control, check_engine=nothing, watch=nothing)
-        assert recover(repository, control) is None
-
-    publish(repository, new, control, check_engine=second, watch=nothing)
-
-
-def test_serve_undoes_a_release_that_was_killed(old, new, config, tmp_path):
-    """What stands between a dead release and a version on probation that nobody watches."""
+def test_serve_undoes_a_release_that_was_killed_before_its_start_and_under_its_eyes(
+    live, new, tmp_path
+):
+    """The old version is served again after a restart, and without one."""
+    before = live_version(live[0], DETECT)
+    release_killed_after("watch", live[0], new, live[1].grpc_address)
     repository = tmp_path / "models"
-    build_model_repository([old], repository, profile="embedded", config=config)
+    shutil.copytree(live[0], repository)  # as the disk was when all processes died
+    recover(live[0], live[2])
+    assert live_version(repository, DETECT) == before
     command = [sys.executable, "-m", "weaksam_rt.cli", "serve", repository, "--allow-releases"]
     ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
     process = subprocess.Popen(
@@ -353,13 +364,16 @@ def test_serve_undoes_a_release_that_was_killed(old, new, config, tmp_path):
     )  # fmt: skip
     try:
         address = process.stdout.readline().split("gRPC ")[1].split(",")[0]
-        release_killed_after("watch", repository, new, address)
+        assert not (repository / JOURNAL_NAME).exists()
         with WeakSamClient(address) as client:
+            assert client.detect(PNG).version == before
+            release_killed_after("watch", repository, new, address)
             deadline = time.monotonic() + 20
             while (repository / JOURNAL_NAME).exists() and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert client.detect(PNG).version == 1
-        assert version_folders(repository, DETECT) == [1]
+            assert client.detect(PNG).version == before
+        assert before + 1 not in version_folders(repository, DETECT)
+        assert check_model_repository(repository) == []
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
     finally:

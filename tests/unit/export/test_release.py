@@ -26,8 +26,8 @@ from training.data.coco import load_coco_folder
 from weaksam_rt.artifacts import load_artifact
 from weaksam_rt.config import DetectionConfig, PipelineConfig
 from weaksam_rt.contracts import DETECTOR
+from weaksam_rt.errors import ReleaseError
 from weaksam_rt.model_repository import build_model_repository
-from weaksam_rt.releases import ReleaseError
 from weaksam_rt.types import Detections
 
 CONFIG = DetectionConfig()
