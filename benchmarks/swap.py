@@ -51,7 +51,8 @@ import sys
 from pathlib import Path
 from weaksam_rt.artifacts import load_artifact
 from weaksam_rt.model_control import ModelControl
-from weaksam_rt.releases import ReleaseError, publish
+from weaksam_rt.errors import ReleaseError
+from weaksam_rt.releases import publish
 
 def fail(version):
     raise ReleaseError("probation fails, because this benchmark wants it to")

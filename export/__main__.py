@@ -87,7 +87,7 @@ def export_model(
 
 
 def models(
-    output: Path,
+    output: Annotated[Path, tyro.conf.Positional],
     *,
     detector: Path | None = None,
     classifier: Path | None = None,
@@ -111,8 +111,8 @@ def models(
 
 
 def repository(
-    models: Path,
-    output: Path,
+    models: Annotated[Path, tyro.conf.Positional],
+    output: Annotated[Path, tyro.conf.Positional],
     *,
     profile: Profile = "embedded",
     config: Path | None = None,

@@ -29,13 +29,13 @@ from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 from weaksam_rt.client import WeakSamClient
 from weaksam_rt.config import DetectionConfig, PipelineConfig
 from weaksam_rt.contracts import DETECTOR, WEAKSAM_DETECT, DetectorParameters
-from weaksam_rt.errors import WeakSamError
+from weaksam_rt.errors import ReleaseError, WeakSamError
 from weaksam_rt.images import decode_reduced
 from weaksam_rt.live_repository import engine_versions_needed, pipeline_file
 from weaksam_rt.model_control import ModelControl
 from weaksam_rt.pipeline import PipelineModels, WeakSamPipeline, select_detections
 from weaksam_rt.preprocessing import resize_for_detector
-from weaksam_rt.releases import ReleaseError, ReleaseReport, publish
+from weaksam_rt.releases import ReleaseReport, publish
 from weaksam_rt.types import Detections
 
 _LOGGER = logging.getLogger(__name__)

@@ -6,6 +6,7 @@
     +-- ContractError           an array's name, dtype or shape differs from the model's contract
     +-- ImageError              the bytes are not an image that we accept
     +-- ArtifactError           a model file or manifest is missing, damaged or from elsewhere
+    +-- ReleaseError            a release was refused or taken back; the version before is served
     +-- BackendUnavailableError  what a chosen backend needs is not on this machine
     +-- ServerUnavailableError  no server answers, or it does not serve the model
     +-- InferenceTimeoutError   the deadline passed
@@ -32,6 +33,10 @@ class ArtifactError(WeakSamError):
     """A model file or its manifest cannot be trusted; the message says which and how to remake
     it.
     """
+
+
+class ReleaseError(WeakSamError):
+    """A release was refused or taken back; the version before is served as before."""
 
 
 class BackendUnavailableError(WeakSamError):

@@ -22,7 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weaksam_rt.artifacts import ModelArtifact, utc_now
-from weaksam_rt.errors import ArtifactError, ServerUnavailableError, WeakSamError
+from weaksam_rt.errors import (
+    ArtifactError,
+    ReleaseError,
+    ServerUnavailableError,
+    WeakSamError,
+)
 from weaksam_rt.files import write_json
 from weaksam_rt.live_repository import (
     append_history,
@@ -51,10 +56,6 @@ _LOGGER = logging.getLogger(__name__)
 
 Check = Callable[[int], None]
 """Called with the version; raises ``WeakSamError`` where it does not answer as it should."""
-
-
-class ReleaseError(WeakSamError):
-    """A release was refused or taken back; the version before is served."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

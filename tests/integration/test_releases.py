@@ -12,23 +12,27 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from tests.integration.pictures import PNG
-from weaksam_rt.artifacts import ModelArtifact, load_artifact, write_manifest
+from tests.integration.tiny_engines import SCORES
+from weaksam_rt.artifacts import load_artifact, write_manifest
 from weaksam_rt.cli import main
 from weaksam_rt.client import WeakSamClient
 from weaksam_rt.contracts import DETECTOR
-from weaksam_rt.errors import ServerUnavailableError, WeakSamError
+from weaksam_rt.errors import ReleaseError, ServerUnavailableError, WeakSamError
 from weaksam_rt.live_repository import (
     live_version,
     live_versions,
-    read_config,
+    pipeline_file,
     version_folders,
 )
 from weaksam_rt.model_control import ModelControl
 from weaksam_rt.model_repository import JOURNAL_NAME, build_model_repository
-from weaksam_rt.releases import ReleaseError, publish, recover, roll_back
+from weaksam_rt.releases import publish, recover, roll_back
 from weaksam_rt.repository_check import check_model_repository
 from weaksam_rt.server import EmbeddedServer, ServerOptions
 
@@ -36,7 +40,9 @@ pytestmark = pytest.mark.integration
 
 DETECT = "weaksam_detect"
 OLD, NEW = ("red", "green", "blue"), ("ruby", "emerald", "sapphire")
-"""Class names of two detectors: an answer shows which engine and which names it came from."""
+"""Class names of two detectors."""
+TOP = {OLD: 0.9, NEW: 0.6}
+"""What each gives to the red thing: an answer shows its engine as well as its names."""
 
 
 def nothing(version):
@@ -50,17 +56,24 @@ def old(artifacts):
 
 @pytest.fixture(scope="module")
 def new(old, tmp_path_factory):
-    return renamed(old, tmp_path_factory.mktemp("new"), NEW)
-
-
-def renamed(artifact: ModelArtifact, folder: Path, names) -> ModelArtifact:
-    shutil.copyfile(artifact.path, folder / artifact.path.name)
+    """The tiny detector with other class names and other scores."""
+    path = tmp_path_factory.mktemp("new") / old.path.name
+    model = onnx.load(old.path)
+    scores = np.array([list(SCORES.values())], np.float32)
+    (constant,) = [
+        tensor
+        for tensor in model.graph.initializer
+        if np.array_equal(numpy_helper.to_array(tensor), scores)
+    ]
+    other = scores * np.float32(TOP[NEW] / TOP[OLD])
+    constant.CopyFrom(numpy_helper.from_array(other, constant.name))
+    onnx.save(model, path)
     return write_manifest(
-        folder / artifact.path.name,
-        model=artifact.model,
-        engine=artifact.engine,
-        parameters=replace(artifact.parameters, class_names=names),
-        provenance={"source": {"sha256": names[0]}},
+        path,
+        model=old.model,
+        engine=old.engine,
+        parameters=replace(old.parameters, class_names=NEW),
+        provenance={"source": {"sha256": "new"}},
     )
 
 
@@ -90,7 +103,8 @@ class Load:
         while not self._stop.is_set():
             try:
                 result = self._client.detect(PNG)
-                self.answers.append((result.version, result.label_names))
+                score = round(float(result.detections.scores[0]), 4)
+                self.answers.append((result.version, result.label_names, score))
             except WeakSamError as error:
                 self.errors.append(error)
 
@@ -106,12 +120,13 @@ class Load:
         self._client.close()
 
 
-def names_of(version_names, version):
-    return (version_names[version][0], version_names[version][2])  # the picture has no green
+def answer_of(class_names, version):
+    names = class_names[version]
+    return version, (names[0], names[2]), TOP[names]  # the picture has no green
 
 
 def test_under_load_no_request_fails_and_every_answer_is_of_one_version(live, old, new):
-    """Three releases that change class names, and one rollback that a check forces."""
+    """Three releases that change engine and class names, and one way back that a check forces."""
     repository, server, control = live
     first = live_version(repository, DETECT)
     names = {first: OLD}
@@ -129,9 +144,9 @@ def test_under_load_no_request_fails_and_every_answer_is_of_one_version(live, ol
         names[last + 1] = OLD
         time.sleep(0.5)
     assert load.errors == []
-    seen = Counter(version for version, _ in load.answers)
+    seen = Counter(version for version, *_ in load.answers)
     assert set(seen) >= {first, first + 1, first + 2, last}
-    assert all(answer == names_of(names, version) for version, answer in load.answers)
+    assert all(answer == answer_of(names, answer[0]) for answer in load.answers)
     assert load.answers[-1][0] == last
     assert check_model_repository(repository) == []
     assert live_versions(repository, DETECTOR) == (last,)
@@ -204,11 +219,48 @@ def run_cli(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_only_as_many_versions_stay_as_asked_for(live, new):
-    repository, _, control = live
-    publish(repository, new, control, check_engine=nothing, watch=nothing, keep=2)
+@pytest.fixture(scope="module")
+def observed(live, new):
+    """One release with the same class names as the live version, and what was seen on its way."""
+    repository, server, control = live
+    if pipeline_file(repository, DETECT).models.detector.class_names != NEW:
+        publish(repository, new, control, check_engine=nothing, watch=nothing)
+    seen = {"steps": [], "before": engines_started(server)}
+
+    def try_another(version):
+        del version
+        with pytest.raises(ReleaseError) as refused:
+            publish(repository, new, control, check_engine=nothing, watch=nothing)
+        seen["second"] = str(refused.value)
+        seen["recovered"] = recover(repository, control)
+
+    publish(
+        repository, new, control, check_engine=try_another, watch=nothing, keep=2,
+        on_step=seen["steps"].append,
+    )  # fmt: skip
+    return {**seen, "after": engines_started(server), "repository": repository}
+
+
+def engines_started(server):
+    return server.log_tail(100_000).count("ModelInstanceInitialize: detector_")
+
+
+def test_a_release_starts_the_new_engine_and_keeps_the_live_one(observed):
+    assert observed["after"] == observed["before"] + 1
+
+
+def test_two_releases_at_a_time_are_refused_and_a_running_one_is_not_undone(observed):
+    assert "is under way" in observed["second"]
+    assert observed["recovered"] is None
+
+
+def test_only_as_many_versions_stay_as_asked_for(observed):
     for model in (DETECT, DETECTOR):
-        assert len(version_folders(repository, model)) == 2
+        assert len(version_folders(observed["repository"], model)) == 2
+
+
+def test_the_list_of_steps_is_complete(observed):
+    assert tuple(observed["steps"]) == (*STEPS, *STEPS_AFTER_COMMIT)
 
 
 STEPS = (
@@ -244,7 +296,17 @@ def release_killed_after(step, repository, artifact, address):
     assert run.returncode == -signal.SIGKILL, run.stderr
 
 
-@pytest.mark.parametrize("step", [*STEPS, *STEPS_AFTER_COMMIT])
+_QUICK = {"write engine", "load engine", "watch", "unload engine"}
+"""One of each kind of step; the others take the same ways and as long, most of it waiting."""
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        step if step in _QUICK else pytest.param(step, marks=pytest.mark.slow)
+        for step in (*STEPS, *STEPS_AFTER_COMMIT)
+    ],
+)
 def test_a_release_killed_at_any_step_is_undone_or_done(live, new, step):
     """Until the commit the disk says the old version, so that a restarted server serves it; the
     running one is told back by whoever finds the journal.
@@ -273,29 +335,6 @@ def test_a_release_killed_at_any_step_is_undone_or_done(live, new, step):
         assert version_folders(repository, DETECTOR)[-1] == before + 1
 
 
-def test_the_list_of_steps_is_complete(live, new):
-    repository, _, control = live
-    seen = []
-    publish(repository, new, control, check_engine=nothing, watch=nothing, on_step=seen.append)
-    assert tuple(seen) == (*STEPS, *STEPS_AFTER_COMMIT)
-
-
-def test_a_restarted_server_serves_the_old_version_after_a_kill_in_probation(live, new):
-    repository, server, first_control = live
-    before = live_version(repository, DETECT)
-    release_killed_after("watch", repository, new, server.grpc_address)
-    with (
-        EmbeddedServer(repository, ServerOptions(load_models=("*",))) as restarted,
-        WeakSamClient(restarted.grpc_address) as client,
-        ModelControl(restarted.grpc_address) as control,
-    ):
-        assert client.detect(PNG).version == before
-        assert "undid" in recover(repository, control)
-        assert client.detect(PNG).version == before
-    first_control.load(DETECT, read_config(repository, DETECT))  # the other one is on probation yet
-    first_control.load(DETECTOR)
-
-
 def test_a_server_of_another_repository_is_refused(server, live, new):
     repository = live[0]
     with (
@@ -306,22 +345,16 @@ def test_a_server_of_another_repository_is_refused(server, live, new):
     assert not (repository / JOURNAL_NAME).exists()
 
 
-def test_two_releases_at_a_time_are_refused(live, new):
-    repository, _, control = live
-
-    def second(version):
-        del version
-        with pytest.raises(ReleaseError, match="is under way"):
-            publish(repository, new, control, check_engine=nothing, watch=nothing)
-        assert recover(repository, control) is None
-
-    publish(repository, new, control, check_engine=second, watch=nothing)
-
-
-def test_serve_undoes_a_release_that_was_killed(old, new, config, tmp_path):
-    """What stands between a dead release and a version on probation that nobody watches."""
+def test_serve_undoes_a_release_that_was_killed_before_its_start_and_under_its_eyes(
+    live, new, tmp_path
+):
+    """The old version is served again after a restart, and without one."""
+    before = live_version(live[0], DETECT)
+    release_killed_after("watch", live[0], new, live[1].grpc_address)
     repository = tmp_path / "models"
-    build_model_repository([old], repository, profile="embedded", config=config)
+    shutil.copytree(live[0], repository)  # as the disk was when all processes died
+    recover(live[0], live[2])
+    assert live_version(repository, DETECT) == before
     command = [sys.executable, "-m", "weaksam_rt.cli", "serve", repository, "--allow-releases"]
     ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
     process = subprocess.Popen(
@@ -331,13 +364,16 @@ def test_serve_undoes_a_release_that_was_killed(old, new, config, tmp_path):
     )  # fmt: skip
     try:
         address = process.stdout.readline().split("gRPC ")[1].split(",")[0]
-        release_killed_after("watch", repository, new, address)
+        assert not (repository / JOURNAL_NAME).exists()
         with WeakSamClient(address) as client:
+            assert client.detect(PNG).version == before
+            release_killed_after("watch", repository, new, address)
             deadline = time.monotonic() + 20
             while (repository / JOURNAL_NAME).exists() and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert client.detect(PNG).version == 1
-        assert version_folders(repository, DETECT) == [1]
+            assert client.detect(PNG).version == before
+        assert before + 1 not in version_folders(repository, DETECT)
+        assert check_model_repository(repository) == []
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
     finally:

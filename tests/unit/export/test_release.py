@@ -16,6 +16,7 @@ from export.release import (
     build_candidate,
     make_probes,
     measured_ap50,
+    release_detector,
     with_ap50,
 )
 from tests.integration.pictures import BOXES, scene
@@ -25,6 +26,8 @@ from training.data.coco import load_coco_folder
 from weaksam_rt.artifacts import load_artifact
 from weaksam_rt.config import DetectionConfig, PipelineConfig
 from weaksam_rt.contracts import DETECTOR
+from weaksam_rt.errors import ReleaseError
+from weaksam_rt.model_repository import build_model_repository
 from weaksam_rt.types import Detections
 
 CONFIG = DetectionConfig()
@@ -88,6 +91,27 @@ def test_a_metric_is_taken_from_the_passport_only_for_the_same_data(tiny, folder
     assert measured_ap50(own, folder, replace(CONFIG, nms_thresh=0.3)) == pytest.approx(1.0)
     (folder.root / "instances.json").write_text((folder.root / "instances.json").read_text() + "\n")
     assert measured_ap50(own, folder, CONFIG) == pytest.approx(1.0)
+
+
+class _NoServer:
+    """Whoever touches it has gone too far."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"a candidate that was refused reached the server ({name})")
+
+
+def test_a_candidate_that_is_worse_than_the_live_version_never_reaches_the_server(
+    tiny, folder, tmp_path
+):
+    build_model_repository([tiny], tmp_path / "r", profile="embedded", config=PipelineConfig())
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        ReleaseError, match=r"AP50 on coco\d is 0\.00, the live version has 100\.00 and 1\.00 may"
+    ):
+        release_detector(
+            tmp_path / "r", exportable(ToyDetector(0)), folder, _NoServer(), export=export
+        )
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_probes_foretell_what_the_pipeline_answers(tiny, folder):
