@@ -306,12 +306,15 @@ def kmeans(points: NDArray[np.int64], num_clusters: int) -> NDArray[np.int64]:
     """
     centres = points[_seeds(points, num_clusters)].astype(np.float64)
     assigned = np.full((NUM_STARTS, len(points)), -1)
+    moving = np.arange(NUM_STARTS)
     for _ in range(_MAX_ITERATIONS):
-        nearest = _squared_distances(points, centres).argmin(axis=2)
-        if (nearest == assigned).all():
+        nearest = _squared_distances(points, centres[moving]).argmin(axis=2)
+        has_changed = (nearest != assigned[moving]).any(axis=1)
+        moving, nearest = moving[has_changed], nearest[has_changed]
+        if len(moving) == 0:
             break
-        assigned = nearest
-        centres = _means(points, assigned, centres)
+        assigned[moving] = nearest
+        centres[moving] = _means(points, nearest, centres[moving])
     return centres[int(_tightness(points, assigned, centres.shape[1]).argmax())].astype(np.int64)
 
 
@@ -323,17 +326,36 @@ def _seeds(points: NDArray[np.int64], num_clusters: int) -> NDArray[np.int64]:
     mean = points.sum(axis=0) / num_points
     by_distance = _squared_distances(points, mean[None])[:, 0].argsort(kind="stable")
     ranks = np.arange(_NUM_FIRST_CENTRES) * num_points // _NUM_FIRST_CENTRES
-    chosen = [np.tile(by_distance[ranks], 2)]
-    nearest = distances[chosen[0]]
-    left_by_each = np.empty((_NUM_FIRST_CENTRES, num_points, num_points))
-    ones = np.ones(num_points)
-    while len(chosen) < num_clusters and nearest.max() > 0:
-        np.minimum(nearest[:_NUM_FIRST_CENTRES, None], distances, out=left_by_each)
-        left = left_by_each @ ones
-        farthest = nearest[_NUM_FIRST_CENTRES:]
-        chosen.append(np.concatenate([left.argmin(axis=1), farthest.argmax(axis=1)]))
+    first = by_distance[ranks].tolist()
+    return np.array(
+        [_tightest_seeds(distances, centre, num_clusters) for centre in first]
+        + [_farthest_seeds(distances, centre, num_clusters) for centre in first]
+    )
+
+
+def _tightest_seeds(distances: NDArray[np.float64], first: int, most: int) -> list[int]:
+    """Each next centre leaves the least sum of distances to the nearest centre."""
+    chosen, nearest = [first], distances[first].copy()
+    left_by_each = np.minimum(nearest, distances).sum(axis=1)
+    while len(chosen) < most and nearest.any():
+        chosen.append(int(left_by_each.argmin()))
+        # Only points that are nearer to the new centre change the sums.
+        closer = np.flatnonzero(distances[chosen[-1]] < nearest)
+        before, after = nearest[closer, None], distances[closer, chosen[-1], None]
+        of_closer = distances[closer]
+        saved = np.minimum(before, of_closer) - np.minimum(after, of_closer)
+        left_by_each -= saved.sum(axis=0)
+        nearest[closer] = after[:, 0]
+    return chosen
+
+
+def _farthest_seeds(distances: NDArray[np.float64], first: int, most: int) -> list[int]:
+    """Each next centre is the point farthest from all before."""
+    chosen, nearest = [first], distances[first]
+    while len(chosen) < most and nearest.any():
+        chosen.append(int(nearest.argmax()))
         nearest = np.minimum(nearest, distances[chosen[-1]])
-    return np.stack(chosen, axis=1)
+    return chosen
 
 
 def _means(
@@ -377,4 +399,7 @@ def _squared_distances(
     places = points.astype(np.float64)
     columns: NDArray[np.float64] = places[:, 0, None] - centres[..., None, :, 0]
     rows: NDArray[np.float64] = places[:, 1, None] - centres[..., None, :, 1]
-    return columns * columns + rows * rows
+    columns *= columns
+    rows *= rows
+    columns += rows
+    return columns
