@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def main(config: TrainingStepConfig) -> None:
     batch = _random_batch(config)
     for turn in track(range(config.warmup + config.rounds), description="rounds"):
         for name in names if turn % 2 == 0 else reversed(names):
-            spent = _timed(lambda v=variants[name]: _step(v, batch, config), config)
+            spent = _timed(partial(_step, variants[name], batch, config), config)
             if turn >= config.warmup:
                 seconds[name].append(spent)
     drop = [_timed_drop(variants["ours, RoI drop"], batch, config) for _ in range(config.rounds)]
@@ -202,7 +203,7 @@ def _timed_drop(variant: _Variant, batch: _Batch, config: TrainingStepConfig) ->
         for _ in range(repeats):
             total_loss(losses, drop, 0, 1)
 
-    return (_timed(lambda: _all(on), config) - _timed(lambda: _all(off), config)) / repeats
+    return (_timed(partial(_all, on), config) - _timed(partial(_all, off), config)) / repeats
 
 
 def _timed(work: Callable[[], None], config: TrainingStepConfig) -> float:

@@ -376,7 +376,8 @@ def train_step(
 
 def _masks_of(view: FramedImage) -> Tensor:
     """[n, s, s]; images of background come without masks and have none."""
-    masks = view.masks or InstanceMasks(rle_counts=(), image_size=view.pixels.shape[:2])
+    side = len(view.pixels)
+    masks = view.masks or InstanceMasks(rle_counts=(), image_size=(side, side))
     return torch.from_numpy(np.ascontiguousarray(decode_rle(masks.rle_counts, masks.image_size)))
 
 

@@ -25,6 +25,7 @@ from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import read_proposals, write_detections
 from training.data.views import FramedImage, frame_image
 from training.engine.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from training.engine.loss_guard import LossGuard
 from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
 from training.evaluate import summary, write_report
@@ -213,6 +214,7 @@ def train(
         _LOGGER.info("resuming after step %d", done)
     steps_per_epoch = -(-len(tagged) // recipe.images_per_step)
     num_steps = recipe.epochs * steps_per_epoch
+    guard = LossGuard(checkpoint)
     head.train()
     with stage_progress() as progress:
         task = progress.add_task("train WSOD", total=num_steps, completed=done)
@@ -221,6 +223,10 @@ def train(
                 group["lr"] = group["peak_lr"] * rate_factor(step, num_steps, recipe.warmup_steps)
             scalars = train_step(head, optimizer, _samples_of_step(tagged, recipe, step), recipe)
             stage.log_metrics(step=step, **scalars)
+            names = [
+                sample.record.path.name for sample, _ in _samples_of_step(tagged, recipe, step)
+            ]
+            guard.check(sum(scalars.values()), step=step, images=names)
             if (step + 1) % steps_per_epoch == 0:
                 save_checkpoint(
                     checkpoint, modules={"head": head}, optimizer=optimizer, step=step + 1
