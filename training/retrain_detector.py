@@ -123,6 +123,10 @@ class RetrainDetectorConfig:
     skip_bad: bool = False
     """Leave unreadable images out and list them in the manifest."""
 
+    def __post_init__(self) -> None:
+        if self.recipe.only_masks and self.start_from is None:
+            raise ValueError("only_masks leaves boxes alone; give the detector with --start-from")
+
 
 def main(config: RetrainDetectorConfig) -> None:
     """Run the stage."""
