@@ -203,7 +203,7 @@ def _timed_drop(variant: _Variant, batch: _Batch, config: TrainingStepConfig) ->
         for _ in range(repeats):
             total_loss(losses, drop, 0, 1)
 
-    return (_timed(lambda: _all(on), config) - _timed(lambda: _all(off), config)) / repeats
+    return (_timed(partial(_all, on), config) - _timed(partial(_all, off), config)) / repeats
 
 
 def _timed(work: Callable[[], None], config: TrainingStepConfig) -> float:

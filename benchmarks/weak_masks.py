@@ -131,7 +131,7 @@ def _write(
     lines = [
         f"# Instance masks from tags: {config.name}", "",
         f"`{_command()}` at commit {git_commit()[:12]}; {len(folder.records)} images, detections "
-        f"from {config.score_thresh:g} on. Percent. {_training(config.detector)}", "",
+        f"from {config.score_thresh:g} on. Percent. {_training(config.detector)}".rstrip(), "",
         f"| masks | {header} | boxes: AP50 |",
         f"| --- |{' --: |' * len(_COLUMNS)}",
         *(

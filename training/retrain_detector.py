@@ -123,6 +123,10 @@ class RetrainDetectorConfig:
     skip_bad: bool = False
     """Leave unreadable images out and list them in the manifest."""
 
+    def __post_init__(self) -> None:
+        if self.recipe.only_masks and self.start_from is None:
+            raise ValueError("only_masks leaves boxes alone; give the detector with --start-from")
+
 
 def main(config: RetrainDetectorConfig) -> None:
     """Run the stage."""
@@ -376,8 +380,8 @@ def train_step(
 
 def _masks_of(view: FramedImage) -> Tensor:
     """[n, s, s]; images of background come without masks and have none."""
-    height, width, _ = view.pixels.shape
-    masks = view.masks or InstanceMasks(rle_counts=(), image_size=(height, width))
+    side = len(view.pixels)
+    masks = view.masks or InstanceMasks(rle_counts=(), image_size=(side, side))
     return torch.from_numpy(np.ascontiguousarray(decode_rle(masks.rle_counts, masks.image_size)))
 
 

@@ -95,6 +95,8 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
     Returns:
         The summary: the metrics of each stage.
     """
+    if config.skip_bad:
+        recipe = replace(recipe, proposals=replace(recipe.proposals, skip_bad=True))
     train_proposals, val_proposals = _proposals(config, recipe)
     wsod = config.output / "wsod"
     train_wsod.main(

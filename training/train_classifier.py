@@ -29,6 +29,7 @@ from training.data.augment import AugmentConfig, augment_images
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.distributed import DeviceName, Process, training_process
 from training.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from training.engine.loss_guard import LossGuard
 from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
 from training.evaluation.tag_ap import tag_average_precision
@@ -337,6 +338,7 @@ def _fit(
     with display as progress:
         steps_done = done * num_steps // recipe.epochs
         task = progress.add_task("train_classifier", total=num_steps, completed=steps_done)
+        guard = LossGuard(checkpoint)
         for epoch in range(done, recipe.epochs):
             metrics = _train_epoch(
                 in_step,
@@ -353,6 +355,8 @@ def _fit(
             if val is not None:
                 metrics |= _measure(model, val)
             stage.log_metrics(step=epoch + 1, **metrics)
+            lost = sum(value for name, value in metrics.items() if name.startswith("loss_"))
+            guard.check(lost, step=epoch, images=["all of this epoch"])
             progress.update(task, description=_summary(epoch, metrics))
             save_checkpoint(
                 checkpoint,

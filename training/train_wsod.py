@@ -32,6 +32,7 @@ from training.data.results import read_proposals, write_detections
 from training.data.views import FramedImage, frame_image
 from training.distributed import DeviceName, Process, training_process
 from training.engine.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from training.engine.loss_guard import LossGuard
 from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
 from training.evaluate import summary, write_report
@@ -287,6 +288,7 @@ def train(
     process.wait()  # all have read the checkpoint before the main process writes the next one
     steps_per_epoch = -(-len(tagged) // recipe.images_per_step)
     num_steps = recipe.epochs * steps_per_epoch
+    guard = LossGuard(checkpoint)
     head.train()
     display = stage_progress()
     display.disable = not process.is_main
@@ -301,6 +303,10 @@ def train(
             if not process.is_main:
                 continue
             stage.log_metrics(step=step, **scalars)
+            names = [
+                sample.record.path.name for sample, _ in _samples_of_step(tagged, recipe, step)
+            ]
+            guard.check(sum(scalars.values()), step=step, images=names)
             if (step + 1) % steps_per_epoch == 0:
                 save_checkpoint(
                     checkpoint, modules={"head": head}, optimizer=optimizer, step=step + 1

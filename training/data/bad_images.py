@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from training.data.coco import CocoFolder, ImageRecord
+from training.data.coco import CocoFolder, ImageRecord, unreadable
 
 _LOGGER = logging.getLogger(__name__)
 _UPRIGHT_AFTER_TURN = range(5, 9)
@@ -22,7 +22,7 @@ class UsableImages:
 
     folder: CocoFolder
     skipped: Mapping[str, str]
-    """Why each image was left out, by file name; for the stage's manifest."""
+    """Why each image was left out, by its folder's and its own name; for the stage's manifest."""
 
 
 def usable_images(folder: CocoFolder, *, skip_bad: bool) -> UsableImages:
@@ -46,7 +46,7 @@ def usable_images(folder: CocoFolder, *, skip_bad: bool) -> UsableImages:
             if not skip_bad:
                 raise
             _LOGGER.warning("left out: %s", error)
-            skipped[record.path.name] = str(error)
+            skipped[f"{folder.root.name}/{record.path.name}"] = str(error)
         else:
             kept.append(record)
     return UsableImages(folder=replace(folder, records=tuple(kept)), skipped=skipped)
@@ -61,10 +61,7 @@ def check_image(record: ImageRecord) -> None:
             image.draft("RGB", (image.width // 8, image.height // 8))
             image.load()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"cannot read {record.path}: {error}; repair or remove it, or leave such images out "
-            "with --skip-bad"
-        ) from error
+        raise unreadable(record.path, error) from error
     if record.image_size not in ({size, size[::-1]} if is_turned else {size}):
         raise ValueError(
             f"{record.path} is {size[1]}x{size[0]}, the annotations say "

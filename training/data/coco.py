@@ -48,11 +48,18 @@ class ImageRecord:
         return tuple(int(label) for label in np.unique(self.labels[~self.is_crowd]))
 
     def image(self) -> NDArray[np.uint8]:
-        """RGB uint8 [h, w, 3]; upright where the set's sizes are those of upright images."""
-        with Image.open(self.path) as image:
-            upright = ImageOps.exif_transpose(image)
-            is_upright = (upright.height, upright.width) == self.image_size
-            return np.array((upright if is_upright else image).convert("RGB"))
+        """RGB uint8 [h, w, 3]; upright where the set's sizes are those of upright images.
+
+        Raises:
+            ValueError: The file is missing or damaged; the message names it.
+        """
+        try:
+            with Image.open(self.path) as image:
+                upright = ImageOps.exif_transpose(image)
+                is_upright = (upright.height, upright.width) == self.image_size
+                return np.array((upright if is_upright else image).convert("RGB"))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise unreadable(self.path, error) from error
 
     def masks(self) -> NDArray[np.bool_]:
         """The instance masks, [n, h, w]; raises ``ValueError`` where the set has none."""
@@ -71,6 +78,14 @@ class ImageRecord:
                 "masks; choose a data set with a mask for each box"
             )
         return tuple(_rle(segmentation, *self.image_size) for segmentation in self.segmentations)
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """The error of an image that cannot be decoded."""
+    return ValueError(
+        f"cannot read {path}: {error}; repair or remove it, or leave such images out with "
+        "--skip-bad where the stage has it"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

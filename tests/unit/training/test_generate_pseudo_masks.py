@@ -142,7 +142,7 @@ def test_a_damaged_image_stops_the_stage_or_is_left_out_with_its_boxes(world, tm
     with pytest.raises(ValueError, match=rf"cannot read .*{bad.path.name}.*--skip-bad"):
         generate_pseudo_masks(config)
     generate_pseudo_masks(dataclasses.replace(config, skip_bad=True))
-    assert list(read_manifest(config.output)["metrics"]["skipped"]) == [bad.path.name]
+    assert list(read_manifest(config.output)["metrics"]["skipped"]) == [f"train/{bad.path.name}"]
     masks = load_coco_folder(data, annotations=config.output / ANNOTATIONS_NAME)
     assert bad.image_id not in {record.image_id for record in masks.records}
 

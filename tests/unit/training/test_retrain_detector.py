@@ -197,6 +197,10 @@ def test_masks_are_learnt_from_boxes_with_masks_only(scenes, tmp_path):
         train(_open(tmp_path / "run"), folder, _with_masks(), _start(folder, _with_masks()))
     with pytest.raises(ValueError, match="only_masks needs a mask head"):
         DetectorRecipe(only_masks=True)
+    with pytest.raises(ValueError, match="--start-from"):
+        RetrainDetectorConfig(
+            data=scenes / "train", output=tmp_path / "x", recipe=_with_masks(only_masks=True)
+        )
 
 
 def test_masks_alone_learn_nothing_from_images_of_background(scenes):
@@ -225,7 +229,9 @@ def test_bad_images_are_left_out_of_training_and_evaluation_and_listed(scenes, t
     with pytest.raises(ValueError, match=r"cannot read .*train\.jpg"):
         main(config)
     main(dataclasses.replace(config, skip_bad=True))
-    assert set(read_manifest(config.output)["metrics"]["skipped"]) == {"train.jpg", "val.jpg"}
+    assert set(read_manifest(config.output)["metrics"]["skipped"]) == {
+        "train/train.jpg", "val/val.jpg",
+    }  # fmt: skip
 
 
 def test_the_command_trains_evaluates_and_is_skipped_when_done(scenes, tmp_path):

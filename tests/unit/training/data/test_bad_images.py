@@ -48,8 +48,11 @@ def test_a_bad_image_is_an_error_that_names_it_or_a_listed_skip(root, spoil):
         usable_images(folder, skip_bad=False)
     usable = usable_images(folder, skip_bad=True)
     assert [record.path.name for record in usable.folder.records] == ["0.jpg", "1.jpg", "3.jpg"]
-    assert list(usable.skipped) == ["2.jpg"]
-    assert "2.jpg" in usable.skipped["2.jpg"]
+    assert list(usable.skipped) == [f"{root.name}/2.jpg"]
+    assert str(root / "images" / "2.jpg") in usable.skipped[f"{root.name}/2.jpg"]
+    if spoil is not _of_another_size:
+        with pytest.raises(ValueError, match=r"cannot read .*images/2\.jpg"):
+            folder.records[2].image()
 
 
 def test_good_images_are_all_used(root):
