@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 """``auto``: CUDA where it is there, else the CPU."""
-_PATIENCE = timedelta(hours=4)
-"""The others wait so long for the main process, which reads images and evaluates."""
+_PATIENCE = timedelta(days=2)
+"""The others wait so long for the main process, which reads images, describes proposals and
+evaluates; one that dies ends the others at once, through torchrun or the broken connection."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
