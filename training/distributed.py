@@ -118,7 +118,16 @@ def training_process(device: DeviceName = "auto") -> Iterator[Process]:
         return
     if on_gpu:
         torch.cuda.set_device(own)
-    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    store, rank, num_processes = next(distributed.rendezvous("env://", timeout=_PATIENCE))
+    # After a restart by torchrun the store still has the addresses of the processes that died.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=_PATIENCE,
+        store=distributed.PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=num_processes,
+    )
     try:
         yield Process(
             rank=distributed.get_rank(),
