@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 """``auto``: CUDA where it is there, else the CPU."""
-_PATIENCE = timedelta(hours=4)
-"""The others wait so long for the main process, which reads images and evaluates."""
+_PATIENCE = timedelta(days=2)
+"""The others wait so long for the main process, which reads images, describes proposals and
+evaluates; one that dies ends the others at once, through torchrun or the broken connection."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +118,16 @@ def training_process(device: DeviceName = "auto") -> Iterator[Process]:
         return
     if on_gpu:
         torch.cuda.set_device(own)
-    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    store, rank, num_processes = next(distributed.rendezvous("env://", timeout=_PATIENCE))
+    # After a restart by torchrun the store still has the addresses of the processes that died.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=_PATIENCE,
+        store=distributed.PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=num_processes,
+    )
     try:
         yield Process(
             rank=distributed.get_rank(),

@@ -52,6 +52,8 @@ class RunConfig:
     """SAM weights: of ``training.train_sam``, or an official checkpoint."""
     trunk_weights: Path
     """ImageNet weights of SqueezeNet 1.0 for the detectors."""
+    wsod_trunk_weights: Path | None = None
+    """Those of the multiple-instance detector's trunk, where the recipe gives it another one."""
     negatives: Path | None = None
     """Folder of images that show none of the classes; classifier and detector learn to stay silent
     on them."""
@@ -83,6 +85,8 @@ class RunConfig:
     them."""
     num_threads: int = 2
     """CPU threads of torch."""
+    proposal_workers: int = 1
+    """Processes that make proposals, on this machine."""
 
 
 def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
             data=config.data,
             proposals=train_proposals / PROPOSALS_NAME,
             output=wsod,
-            trunk_weights=config.trunk_weights,
+            trunk_weights=config.wsod_trunk_weights or config.trunk_weights,
             val=config.val if config.val_proposals else None,
             val_proposals=val_proposals / PROPOSALS_NAME if config.val_proposals else None,
             recipe=recipe.wsod,
@@ -242,6 +246,7 @@ def _proposals(config: RunConfig, recipe: ChainRecipe) -> tuple[Path, Path]:
                 classifier=classifier / WEIGHTS_NAME,
                 sam=config.sam,
                 recipe=settings,
+                num_workers=config.proposal_workers,
                 num_threads=config.num_threads,
             )
         )

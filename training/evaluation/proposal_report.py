@@ -271,11 +271,12 @@ def _best_boxes(evidence: ImageEvidence) -> Image.Image:
             box = proposals.boxes[best]
             colour = _COLOURS[PromptSource(int(proposals.sources[best]))]
             draw.rectangle(box.tolist(), outline=colour, width=_line_width(picture.size))
-            corner = (float(box[0]) + 5, float(box[1]) + 4)
             draw.text(
-                corner,
+                (float(box[0]) + 5, float(box[1]) + 4),
                 f"IoU {row[best]:.2f}",
-                fill=colour,
-                font_size=12 * _line_width(picture.size) // 2,
+                fill=(255, 255, 255),
+                stroke_fill=(0, 0, 0),
+                stroke_width=_line_width(picture.size),
+                font_size=7 * _line_width(picture.size),
             )
     return picture

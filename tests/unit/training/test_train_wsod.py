@@ -103,6 +103,33 @@ def test_images_without_proposals_are_left_out_and_bad_proposals_too(samples):
         assert torch.nonzero(sample.tags).flatten().tolist() == list(sample.record.tags)
 
 
+def test_the_file_holds_what_the_trunk_says_of_each_view(scenes):
+    torch.manual_seed(0)
+    folder, trunk = load_coco_folder(scenes / "train"), WsodTrunk("squeezenet")
+    samples = load_samples(
+        folder, scenes / "proposals.json", trunk, _EVERYTHING, store=scenes / "views.bin"
+    )
+    describer = stage_module.RoiDescriber(trunk, keep_cells=True).eval()
+    describer = describer.to(memory_format=torch.channels_last)
+    sample = samples[1]
+    views = iter(sample.views)
+    for size in (64, 96):
+        framed = frame_image(
+            sample.record.image(),
+            sample.boxes,
+            np.zeros(len(sample.boxes), np.int64),
+            frame_side=size,
+        )
+        for seen in (framed, mirror(framed)):
+            view = next(views)
+            np.testing.assert_array_equal(view.boxes.numpy(), seen.boxes)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                expected = describer(stage_module._pixels(seen), view.boxes)
+            for name in ("mean_inside", "max_inside", "mean_around", "cells"):
+                found = getattr(view.descriptions, name)
+                torch.testing.assert_close(found, getattr(expected, name), msg=name)
+
+
 @pytest.mark.parametrize("recipe", [_RECIPE, _EVERYTHING], ids=["oicr", "everything"])
 def test_a_killed_run_ends_where_the_undisturbed_one_does(
     recipe, samples, rich_samples, tmp_path, monkeypatch
