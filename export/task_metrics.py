@@ -115,7 +115,7 @@ def metrics_by_treatment(
 ) -> dict[str, dict[str, float]]:
     """The task metric in float32, all lowered, and with what the doctor keeps in float32."""
     precision, expanded = diagnosis.precision, expand_normalizations(graph)
-    graphs = {
+    graphs: dict[str, onnx.ModelProto] = {
         "fp32": lower_precision(graph, "fp32"),
         precision: emulated(lower_precision(expanded, precision)),
     }
