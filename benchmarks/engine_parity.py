@@ -7,6 +7,7 @@ engines are built for each compute capability alone and, in bf16, for all togeth
 to run.
 """
 
+import json
 import platform
 import tempfile
 import time
@@ -41,7 +42,9 @@ from weaksam_rt.contracts import DETECTOR, SAM_MASK_DECODER
 from weaksam_rt.errors import BackendUnavailableError
 from weaksam_rt.files import atomic_path, write_json
 
-_CAPABILITIES: tuple[str, ...] = ("8.0", "8.9", "12.0")
+_CAPABILITIES = ("8.0", "8.9", "12.0")
+_ADA = ("8.9",)
+"""For int8 and fp8: the first that has both."""
 _RTX_PRECISIONS: tuple[EnginePrecision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
@@ -60,6 +63,8 @@ class ParityRow:
     """Task metric; empty where the model has none."""
     change: Mapping[str, float]
     """Of the task metric against float32."""
+    images: int
+    """On which the task metric was measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +92,7 @@ def main(
     build: bool = True,
     output: Path = Path("benchmarks/results/engine_parity"),
 ) -> None:
-    """Measure and write ``output``.md and .json.
+    """Measure and write ``output``.md and .json; rows of other models that are there stay.
 
     Args:
         models: Folder of exported models.
@@ -103,27 +108,26 @@ def main(
     folder = spread(load_coco_folder(data), max_images)
     other = calibration or data.parent / "train"
     calibration_folder = spread(load_coco_folder(other), calibration_images)
-    facts = {
-        "command": f"python -m benchmarks.engine_parity {models} --data {data.parent.name}/"
-        f"{data.name} --max-images {max_images} --parity-images {parity_images}",
-        "images": len(folder.records),
-        "calibration_images": len(calibration_folder.records),
-        "machine": f"{platform.machine()}, CPU, ONNX Runtime {onnxruntime.__version__}",
-        "commit": git_commit(),
-    }
-    rows: list[ParityRow] = []
-    builds: list[BuildRow] = []
-    kept: dict[str, dict[str, Any]] = {}
     for artifact in exported_onnx(models):
         if only and artifact.model not in only:
             continue
         Console().print(f"{artifact.model} ...", markup=False)
         prepared = _prepare(artifact, folder, calibration_folder, parity_images)
-        kept[artifact.model] = {p: d.to_json() for p, d in prepared.diagnoses.items()}
-        rows += _parity_rows(prepared, folder)
-        if build:
-            builds += _builds(prepared)
-        _write(output, rows, builds, kept, facts)
+        command = (
+            f"python -m benchmarks.engine_parity {models} --data {data.parent.name}/{data.name} "
+            f"--only {artifact.model} --max-images {max_images} --parity-images {parity_images} "
+            f"--calibration-images {calibration_images}"
+        )
+        found = {
+            "commands": [{"model": artifact.model, "command": command, "commit": git_commit()}],
+            "parity": [asdict(row) for row in _parity_rows(prepared, folder)],
+            "builds": [asdict(row) for row in _builds(prepared)] if build else [],
+            "kept": [
+                {"precision": p, "nodes": d.num_nodes, "keep": d.keep, "model": artifact.model}
+                for p, d in prepared.diagnoses.items()
+            ],
+        }
+        _write(output, artifact.model, finite_json(found))
     Console().print(output.with_suffix(".md").read_text(), markup=False, soft_wrap=True)
 
 
@@ -162,25 +166,20 @@ def _prepare(
     )
 
 
-def _write(
-    output: Path,
-    rows: Sequence[ParityRow],
-    builds: Sequence[BuildRow],
-    kept: Mapping[str, Mapping[str, Any]],
-    facts: Mapping[str, Any],
-) -> None:
-    """After every model: a build can take long, and what is done stays."""
-    content = {
-        **facts,
-        "parity": [asdict(row) for row in rows],
-        "builds": [asdict(row) for row in builds],
-        "kept_fp32": {
-            model: {p: d["keep"] for p, d in found.items()} for model, found in kept.items()
-        },
+def _write(output: Path, model: str, found: Mapping[str, Any]) -> None:
+    """Replace the rows of one model; after every model, because a build can take long."""
+    path = output.with_suffix(".json")
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    tables = {
+        name: [row for row in before.get(name, []) if row["model"] != model] + rows
+        for name, rows in found.items()
     }
-    write_json(output.with_suffix(".json"), finite_json(content))
+    for rows in tables.values():
+        rows.sort(key=lambda row: str(row["model"]))
+    machine = f"{platform.machine()}, CPU, ONNX Runtime {onnxruntime.__version__}"
+    write_json(path, {"machine": machine, **tables})
     with atomic_path(output.with_suffix(".md")) as temporary:
-        temporary.write_text(_report(rows, builds, kept, facts))
+        temporary.write_text(_report(tables, machine))
 
 
 def _parity_rows(prepared: _Prepared, folder: CocoFolder) -> list[ParityRow]:
@@ -203,6 +202,7 @@ def _parity_rows(prepared: _Prepared, folder: CocoFolder) -> list[ParityRow]:
                 overlap=_overlap(model, pairs),
                 metric=metric,
                 change={name: value - usual[name] for name, value in metric.items()},
+                images=len(folder.records),
             )
         )
     return rows
@@ -245,12 +245,11 @@ def _overlap(model: str, pairs: Sequence[tuple[Arrays, Arrays]]) -> float | None
 def _builds(prepared: _Prepared) -> list[BuildRow]:
     rows = []
     for precision in _RTX_PRECISIONS:
-        if precision in ("int8", "fp8") and precision not in prepared.quantized:
+        is_quantized = precision in ("int8", "fp8")
+        if is_quantized and precision not in prepared.quantized:
             continue
-        targets = [(c,) for c in _CAPABILITIES if (precision, c) != ("fp8", "8.0")]
-        if precision == "bf16":
-            targets.append(_CAPABILITIES)
-        rows += [_build(prepared, precision, target) for target in targets]
+        targets = _ADA if is_quantized else _CAPABILITIES
+        rows += [_build(prepared, precision, (target,)) for target in targets]
     return rows
 
 
@@ -288,68 +287,75 @@ def _build(
     )
 
 
-def _report(
-    rows: Sequence[ParityRow],
-    builds: Sequence[BuildRow],
-    kept: Mapping[str, Mapping[str, Any]],
-    facts: Mapping[str, Any],
-) -> str:
+def _report(tables: Mapping[str, Sequence[Mapping[str, Any]]], machine: str) -> str:
     lines = [
         "# Engines beside float32 ONNX",
         "",
-        *(f"- {name}: {value}" for name, value in facts.items()),
+        f"- {machine}",
+        *(f"- `{row['command']}`, commit {row['commit']}" for row in tables["commands"]),
         "- *emulated*: every result of a lowered node is rounded and normalisations are written "
-        "out; this is what a GPU without wider registers would give. ONNX Runtime on this CPU "
-        "widens float16 and hides overflow",
+        "out (ADR 0012); ONNX Runtime on a CPU widens float16 and hides overflow",
         "- *max error*: of any element, by its output's largest magnitude; the detector's outputs "
         "are sorted by score, so two candidates that swap places count fully",
         "- *overlap*: detector: IoU of the ten best boxes with float32's, times how well scores "
         "agree; decoder: IoU of masks",
+        "- *task metric*: in percent; AP50 of the classes that model and data share; mean IoU of "
+        "masks with the truth from a point and from a box",
         "",
-        "| model | engine | precision | max error | cosine | overlap | task metric (change) |",
-        "|---|---|---|---|---|---|---|",
-        *(_parity_line(row) for row in rows),
+        "| model | engine | precision | max error | cosine | overlap | task metric (change) | "
+        "images |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_parity_line(row) for row in tables["parity"]),
         "",
         "## Kept in float32, found by the precision doctor",
         "",
     ]
-    for model, found in kept.items():
-        for precision, diagnosis in found.items():
-            nodes = ", ".join(f"`{node}`" for node in diagnosis["keep"]) or "nothing"
-            lines.append(f"- {model}, {precision}, {diagnosis['num_nodes']} nodes: {nodes}")
-    if builds:
-        lines += [
-            "",
-            "## TensorRT-RTX engines, built without a GPU",
-            "",
-            "One wide profile; build times on a shared machine, good for their order only.",
-            "",
-            "| model | precision | compute capabilities | MB | s |",
-            "|---|---|---|---|---|",
-            *(_build_line(row) for row in builds),
-        ]
+    for row in tables["kept"]:
+        nodes = ", ".join(f"`{node}`" for node in row["keep"]) or "nothing"
+        lines.append(f"- {row['model']}, {row['precision']}, of {row['nodes']} nodes: {nodes}")
+    lines += [
+        "",
+        "## TensorRT-RTX engines, built without a GPU",
+        "",
+        "One wide profile, the doctor's list in float32. Build times on a busy machine, good for "
+        "their order only.",
+        "",
+        "| model | precision | compute capability | MB | s |",
+        "|---|---|---|---|---|",
+        *(_build_line(row) for row in tables["builds"]),
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _parity_line(row: ParityRow) -> str:
+def _parity_line(row: Mapping[str, Any]) -> str:
     metric = ", ".join(
-        f"{name} {100 * value:.1f} ({100 * row.change[name]:+.1f})"
-        for name, value in row.metric.items()
+        f"{name} {100 * value:.1f} ({100 * row['change'][name]:+.1f})"
+        for name, value in row["metric"].items()
     )
-    overlap = "" if row.overlap is None else f"{row.overlap:.4f}"
-    found = row.agreement
-    error = f"{found.max_error:.1e}" if found.finite else "not finite"
-    return (
-        f"| {row.model} | {row.engine} | {row.precision} | {error} | {found.cosine:.5f} | "
-        f"{overlap} | {metric} |"
+    found = row["agreement"]
+    cells = (
+        row["model"],
+        row["engine"],
+        row["precision"],
+        f"{found['max_error']:.1e}" if found["finite"] else "not finite",
+        f"{found['cosine']:.5f}",
+        "" if row["overlap"] is None else f"{row['overlap']:.4f}",
+        metric,
+        str(row["images"]) if metric else "",
     )
+    return f"| {' | '.join(cells)} |"
 
 
-def _build_line(row: BuildRow) -> str:
-    size = row.error if row.size_bytes is None else f"{row.size_bytes / 1e6:.1f}"
-    seconds = "" if row.build_s is None else f"{row.build_s:.1f}"
-    targets = " ".join(row.compute_capabilities)
-    return f"| {row.model} | {row.precision} | {targets} | {size} | {seconds} |"
+def _build_line(row: Mapping[str, Any]) -> str:
+    is_built = row["error"] is None
+    cells = (
+        row["model"],
+        row["precision"],
+        " ".join(row["compute_capabilities"]),
+        f"{row['size_bytes'] / 1e6:.1f}" if is_built else row["error"],
+        f"{row['build_s']:.1f}" if is_built else "",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
