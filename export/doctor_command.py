@@ -17,7 +17,7 @@ from weaksam_rt.files import write_json
 
 def write_report(path: Path, diagnosis: Diagnosis, facts: Mapping[str, Any]) -> None:
     """One diagnosis as JSON; numbers that are not finite become null."""
-    write_json(path, _json({**diagnosis.to_json(), **facts}))
+    write_json(path, finite_json({**diagnosis.to_json(), **facts}))
 
 
 def kept_by_report(path: Path, precision: str) -> KeepFp32:
@@ -74,9 +74,10 @@ def print_diagnosis(diagnosis: Diagnosis, metrics: Mapping[str, Mapping[str, flo
         console.print(f"{precision}: {cells}", markup=False)
 
 
-def _json(value: Any) -> Any:
+def finite_json(value: Any) -> Any:
+    """JSON values with null for what is not finite."""
     if isinstance(value, Mapping):
-        return {key: _json(item) for key, item in value.items()}
+        return {key: finite_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json(item) for item in value]
+        return [finite_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

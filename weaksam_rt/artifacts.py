@@ -129,7 +129,8 @@ class ModelArtifact:
     model: str
     """The served model's name."""
     engine: str
-    """What runs it: ``onnxruntime``."""
+    """What runs it: ``onnxruntime``, ``tensorrt``, ``tensorrt-rtx``, ``aot-inductor`` or
+    ``aot-inductor-cuda``; a plan of one TensorRT is none of the other."""
     path: Path
     """The engine file."""
     parameters: Parameters

@@ -41,8 +41,9 @@ def toy(toy_artifact):
     return toy_artifact
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("capability", ["8.0", "8.9", "12.0"])
+@pytest.mark.parametrize(
+    ("capability", "precision"), [("8.0", "fp32"), ("8.9", "fp16"), ("12.0", "bf16")]
+)
 def test_rtx_engines_are_built_ahead_of_time_for_each_gpu(toy, tmp_path, capability, precision):
     config = EngineConfig(compute_capabilities=(capability,), precision=precision, profiles=_WIDE)
     artifact = build_engine(toy, tmp_path, engine="tensorrt-rtx", config=config)
