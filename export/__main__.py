@@ -247,12 +247,12 @@ _COMMANDS = (models, engines, doctor, repository, snapshot, release, rollback, p
 
 
 def main() -> None:
-    """Run the command; an error of ours is one line, and the exit status 1."""
+    """Run the command; an error is one line, and the exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     commands = {f.__name__: f for f in _COMMANDS}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="python -m export")
-    except WeakSamError as error:
+    except (WeakSamError, ValueError, OSError) as error:
         sys.exit(f"error: {type(error).__name__}: {error}")
 
 

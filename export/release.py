@@ -29,7 +29,7 @@ from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 from weaksam_rt.client import WeakSamClient
 from weaksam_rt.config import DetectionConfig, PipelineConfig
 from weaksam_rt.contracts import DETECTOR, WEAKSAM_DETECT, DetectorParameters
-from weaksam_rt.errors import ReleaseError, WeakSamError
+from weaksam_rt.errors import ArtifactError, ReleaseError, WeakSamError
 from weaksam_rt.images import decode_reduced
 from weaksam_rt.live_repository import engine_versions_needed, pipeline_file
 from weaksam_rt.model_control import ModelControl
@@ -96,9 +96,17 @@ class ReleaseSummary:
 
 
 def live_detector(repository: Path) -> ModelArtifact:
-    """The detector that ``repository`` serves, verified."""
-    (version,) = engine_versions_needed(repository, DETECTOR)[:1]
-    return load_artifact(repository / DETECTOR / str(version))
+    """The detector that ``repository`` serves, verified.
+
+    Raises:
+        ArtifactError: It serves none, or the engine cannot be trusted.
+    """
+    versions = engine_versions_needed(repository, DETECTOR)
+    if not versions:
+        raise ArtifactError(
+            f"{repository} serves no {DETECTOR}; build it with `python -m export repository`"
+        )
+    return load_artifact(repository / DETECTOR / str(versions[-1]))
 
 
 def build_candidate(
@@ -139,9 +147,8 @@ def build_candidate(
 def _refit(
     exportable: Exportable, live: ModelArtifact, directory: Path, *, half: bool
 ) -> ModelArtifact:
-    if exportable.parameters != replace(
-        live.parameters, **_names_of(exportable)
-    ):  # sizes are constants of the graph
+    same_names = replace(live.parameters, **_names_of(exportable))
+    if exportable.parameters != same_names:  # sizes are constants of the graph
         raise RefitError(
             f"the checkpoint has {exportable.parameters}, the engine {live.parameters}; export it"
         )
