@@ -1,8 +1,8 @@
 """``python -m benchmarks WHAT``: every benchmark behind one name.
 
 A benchmark is a module of this folder with a function ``main``; its arguments are the command's,
-and the first line of the module's docstring is what the overview says. Only the chosen one is
-imported.
+and the first paragraph of the module's docstring is what the overview says. Only the chosen one
+is imported.
 """
 
 import ast
@@ -17,13 +17,14 @@ from rich.table import Table
 
 
 def benchmarks() -> dict[str, str]:
-    """The first line of every benchmark's docstring, by name."""
+    """The first paragraph of every benchmark's docstring, by name."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         tree = ast.parse(path.read_text())
         is_benchmark = any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in tree.body)
         if is_benchmark and not path.stem.startswith("_"):
-            found[path.stem] = (ast.get_docstring(tree) or "").split("\n", 1)[0]
+            paragraph = (ast.get_docstring(tree) or "").split("\n\n", 1)[0]
+            found[path.stem] = " ".join(paragraph.split())
     return found
 
 

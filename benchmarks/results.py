@@ -26,6 +26,8 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999)
 _SIGNIFICANT_DIGITS = 5
 _NO_ACCURACY = ("loss", "learning_rate", "gradient_norm")
 """Metrics of a training run that say how it went, not how good its model is."""
+_QUIET_LOAD = 0.5
+"""Load average for each core above which a machine is not quiet."""
 _SAMPLES_BEYOND = 1
 """A quantile is shown only if at least so many samples lie beyond it."""
 
@@ -180,13 +182,14 @@ class Recorder:
         tables: Sequence[Table] = (),
         notes: Sequence[str] = (),
     ) -> BenchmarkResult:
-        """The result of this run."""
+        """The result of this run; it says by itself if others used the machine."""
+        machine = read_machine()
         return BenchmarkResult(
             what=self.what,
             title=self.title,
             command=command_line(self.what, sys.argv[1:]),
             commit=git_commit(),
-            machine=read_machine(),
+            machine=machine,
             versions=read_versions(),
             clocks=(self.clocks, read_clocks()),
             config=self.config,
@@ -195,8 +198,18 @@ class Recorder:
             series=tuple(series),
             waterfalls=tuple(waterfalls),
             tables=tuple(tables),
-            notes=tuple(notes),
+            notes=(*notes, *_reservation(self.clocks, machine)),
         )
+
+
+def _reservation(before: Clocks, machine: Machine) -> tuple[str, ...]:
+    """What must be said where others were at work when the measurement began."""
+    if before.load_average <= _QUIET_LOAD * machine.cores:
+        return ()
+    return (
+        f"The machine was busy before this began (load average {before.load_average:.1f} on "
+        f"{machine.cores} cores): read ratios within this run only, and measure again when quiet.",
+    )
 
 
 def artifact_record(artifact: ModelArtifact) -> ArtifactRecord:

@@ -2,10 +2,11 @@
 
 ``python -m benchmarks soak assets/demo_models --minutes 60`` offers a share of what the server can
 do, reads the resident memory of the server and all its children, and fits a robust line through
-what follows the first tenth. Ends with 1 if the line rises beyond its noise or a request failed.
+the second half. Ends with 1 if the line rises beyond its noise or a request failed.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable
 from dataclasses import asdict, dataclass
@@ -32,7 +33,6 @@ from benchmarks.served import sender, serve
 from benchmarks.statistics import Trend, trend
 from weaksam_rt.model_repository import ExportedModels, load_exported_models
 
-_MIB = 2**20
 _MOST_POINTS = 600
 """Of the memory curve in the result."""
 
@@ -50,7 +50,8 @@ class SoakConfig:
     interval_s: float = 1.0
     """Between readings of the memory."""
     allowed_mib_an_hour: float = 10.0
-    """A rise below this is none, whatever its certainty: pages that glibc keeps, not a leak."""
+    """A rise below this is none, whatever its certainty: memory rises in steps of some MiB, and a
+    short soak may end on one. An hour can tell 10 from them, two minutes 300."""
     max_pictures: int = 32
     """Different pictures, sent in turn."""
 
@@ -64,7 +65,7 @@ class Soaked:
     memory_mib: tuple[float, ...]
     """Server and children, at ``times_s``."""
     trend_mib_an_hour: Trend
-    """After the first tenth."""
+    """Of the second half: memory rises in steps at first, with each larger batch."""
 
 
 def main(
@@ -107,14 +108,14 @@ def memory_grew(soaked: Soaked, config: SoakConfig) -> bool:
 
 
 def resident_mib(process: psutil.Process) -> float:
-    """Memory of a process and everything that it started; pages that they share count for each."""
+    """Memory of a process and everything that it started; pages that they share count once."""
     total = 0
     for one in (process, *process.children(recursive=True)):
-        try:
-            total += one.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return total / _MIB
+        with contextlib.suppress(OSError):  # it may end while it is looked at
+            lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
+            (line,) = (line for line in lines if line.startswith("Pss:"))
+            total += int(line.split()[1])
+    return total / 1024
 
 
 async def _soak(
@@ -122,14 +123,15 @@ async def _soak(
 ) -> Soaked:
     calls = [call_of(config.pipeline, one) for one in data]
     async with sender(address, calls) as send:
-        await warm_up(send, concurrency=4, limits=Limits(seconds=20, requests=400))
+        # More in flight than a soak has: every size of batch takes its memory before the soak.
+        await warm_up(send, concurrency=16, limits=Limits(seconds=20, requests=400))
         full = await closed_loop(send, concurrency=4, limits=Limits(seconds=5, requests=5000))
         rate = config.share * full.throughput
         seconds = 60 * config.minutes
         limits = Limits(seconds=seconds, requests=int(2 * rate * seconds) + 1)
         arrivals = poisson_arrivals(rate, limits=limits, seed=0)
         load, (times, memory) = await _watched(open_loop(send, arrivals), process, config)
-    settled = len(times) // 10
+    settled = len(times) // 2
     line = trend([t / 3600 for t in times[settled:]], memory[settled:])
     return Soaked(load=load, times_s=tuple(times), memory_mib=tuple(memory), trend_mib_an_hour=line)
 

@@ -199,7 +199,7 @@ def test_requests_in_flight_become_batches_of_the_demo_detector():
 
 @pytest.mark.slow
 def test_two_minutes_of_load_cost_no_memory_and_no_request(exported):
-    config = SoakConfig(minutes=2)
+    config = SoakConfig(minutes=2, allowed_mib_an_hour=300)  # a kilobyte a request
     soaked = soak(exported, config, [JPEG])
     assert len(soaked.load.samples) > 100
     assert soaked.load.num_errors == 0
