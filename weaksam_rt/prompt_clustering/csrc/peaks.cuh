@@ -17,25 +17,30 @@ struct PeakRule {
 };
 
 // A pixel as one number: the greater, the earlier it is visited. Values are positive, so their bits
-// are in order. Of the low word, all ones mean "a pixel of this value or less, nobody looked yet".
+// are in order. The low word is the complement of the pixel's index or, with the highest bit set, of
+// a cell: "a pixel of this value or less is in it, nobody looked yet".
 typedef unsigned long long PixelKey;
 constexpr PixelKey no_pixel = 0;
+constexpr unsigned int bound_bit = 0x80000000u;
+constexpr unsigned int largest_index = 0x7ffffffeu;
 
-__device__ inline PixelKey key_of_bound(float value) {
-    return static_cast<PixelKey>(__float_as_uint(value)) << 32 | 0xffffffffu;
+__device__ inline PixelKey key_of_bound(float value, int cell) {
+    return static_cast<PixelKey>(__float_as_uint(value)) << 32 | bound_bit |
+           (largest_index - static_cast<unsigned int>(cell));
 }
 __device__ inline PixelKey key_of_pixel(float value, int index) {
     return static_cast<PixelKey>(__float_as_uint(value)) << 32 |
-           (0xfffffffeu - static_cast<unsigned int>(index));
+           (largest_index - static_cast<unsigned int>(index));
 }
 __device__ inline float value_of(PixelKey key) {
     return __uint_as_float(static_cast<unsigned int>(key >> 32));
 }
 __device__ inline bool is_bound(PixelKey key) {
-    return static_cast<unsigned int>(key) == 0xffffffffu;
+    return (static_cast<unsigned int>(key) & bound_bit) != 0;
 }
+// Of the pixel, or of the bound's cell.
 __device__ inline int index_of(PixelKey key) {
-    return static_cast<int>(0xfffffffeu - static_cast<unsigned int>(key));
+    return static_cast<int>(largest_index - (static_cast<unsigned int>(key) & ~bound_bit));
 }
 
 // The last visits that ruled others out. A forgotten one costs visits, never an answer.
@@ -49,7 +54,7 @@ struct Rulers {
 struct PeakSearch {
     PixelKey top, best, higher;
     unsigned int low, high;
-    int chosen_cell, is_near, is_unusable;
+    int is_unusable;
     Rulers rulers;
 };
 
@@ -191,14 +196,16 @@ __device__ inline void look_inside(const NormalizedMap& map, int cell, PixelKey 
     }
     if (best != no_pixel) atomicMax(&search.best, best);
     __syncthreads();
+    // next_key has a barrier before anyone reads it.
     if (threadIdx.x == 0) cell_keys[cell] = search.best;
-    __syncthreads();
 }
 
-// Cells forget the pixels that the ruler, of this value, rules out.
-__device__ inline void rule_out(const UpsampledMap& map, const Window& window, float ruler_value,
-                                PixelKey* cell_keys) {
+// Cells forget the visited pixel and those that the ruler, of this value, rules out.
+__device__ inline void rule_out(const UpsampledMap& map, PixelKey visited, const Window& window,
+                                float ruler_value, PixelKey* cell_keys) {
     for (int cell = threadIdx.x; cell < map.rows * map.columns; cell += blockDim.x) {
+        // Pixels of the same value may follow in this cell.
+        if (cell_keys[cell] == visited) cell_keys[cell] = key_of_bound(value_of(visited), cell);
         const PixelKey key = cell_keys[cell];
         if (key == no_pixel || !(value_of(key) < ruler_value)) continue;
         const int row = cell / map.columns;
@@ -210,44 +217,39 @@ __device__ inline void rule_out(const UpsampledMap& map, const Window& window, f
             cell_keys[cell] = no_pixel;
         } else if (!is_bound(key) &&
                    window.contains(index_of(key) / map.width, index_of(key) % map.width)) {
-            cell_keys[cell] = key_of_bound(value_of(key));
+            cell_keys[cell] = key_of_bound(value_of(key), cell);
         }
     }
 }
 
-// Whether (x, y) lies too near one of the kept points. The same for all threads.
+// Whether (x, y) lies too near one of the kept points. Every thread finds out for itself.
 __device__ inline bool is_near_kept(const int* kept_xy, int num_kept, int x, int y,
-                                    const PeakRule& rule, PeakSearch& search) {
-    for (int i = threadIdx.x; i < num_kept; i += blockDim.x) {
+                                    const PeakRule& rule) {
+    const long long kernel_size = rule.kernel_size;
+    for (int i = 0; i < num_kept; ++i) {
         const long long dx = kept_xy[2 * i] - x;
         const long long dy = kept_xy[2 * i + 1] - y;
-        const long long kernel_size = rule.kernel_size;
         const bool is_near = rule.is_l2
                                  ? 4 * (dx * dx + dy * dy) <= kernel_size * kernel_size
                                  : max(dx, -dx) + max(dy, -dy) < (kernel_size - 1) / 2;
-        if (is_near) atomicOr(&search.is_near, 1);
+        if (is_near) return true;
     }
-    __syncthreads();
-    return search.is_near != 0;
+    return false;
 }
 
-// The cell that holds the next pixel, or bound, in the order of visits; its key in ``search.top``.
-__device__ inline int next_cell(const PixelKey* cell_keys, int num_cells, PeakSearch& search) {
-    if (threadIdx.x == 0) {
-        search.top = search.best = search.higher = no_pixel;
-        search.chosen_cell = num_cells;
-        search.is_near = 0;
-    }
+// The next pixel, or bound, in the order of visits. Between two calls there is another barrier.
+__device__ inline PixelKey next_key(const PixelKey* cell_keys, int num_cells,
+                                    PeakSearch& search) {
+    if (threadIdx.x == 0) search.top = no_pixel;
     __syncthreads();
+    // All have read what they found in the step before.
+    if (threadIdx.x == 0) search.best = search.higher = no_pixel;
     PixelKey top = no_pixel;
     for (int cell = threadIdx.x; cell < num_cells; cell += blockDim.x)
         top = max(top, cell_keys[cell]);
     if (top != no_pixel) atomicMax(&search.top, top);
     __syncthreads();
-    for (int cell = threadIdx.x; cell < num_cells; cell += blockDim.x)
-        if (cell_keys[cell] == search.top) atomicMin(&search.chosen_cell, cell);
-    __syncthreads();
-    return search.chosen_cell;
+    return search.top;
 }
 
 // Visits pixels from the highest down; writes the kept peaks and returns their number.
@@ -260,11 +262,11 @@ __device__ inline int visit_peaks(const NormalizedMap& map, const PeakRule& rule
     int num_kept = 0;
     int num_visits = 0;
     while (num_candidates < rule.max_candidates) {
-        const int cell = next_cell(cell_keys, num_cells, search);
-        const PixelKey key = search.top;
+        const PixelKey key = next_key(cell_keys, num_cells, search);
         if (key == no_pixel) break;
         if (is_bound(key)) {
-            look_inside(map, cell, cursor, min(num_visits, max_rulers), rule, cell_keys, search);
+            look_inside(map, index_of(key), cursor, min(num_visits, max_rulers), rule, cell_keys,
+                        search);
             continue;
         }
         const int x = index_of(key) % map.map.width;
@@ -274,7 +276,7 @@ __device__ inline int visit_peaks(const NormalizedMap& map, const PeakRule& rule
         const PixelKey higher = highest_above(map, window, value_of(key), search);
         if (higher == no_pixel) {
             ++num_candidates;
-            if (!is_near_kept(kept_xy, num_kept, x, y, rule, search)) {
+            if (!is_near_kept(kept_xy, num_kept, x, y, rule)) {
                 if (threadIdx.x == 0) {
                     kept_xy[2 * num_kept] = x;
                     kept_xy[2 * num_kept + 1] = y;
@@ -291,15 +293,11 @@ __device__ inline int visit_peaks(const NormalizedMap& map, const PeakRule& rule
             search.rulers.x[slot] = ruler_x;
             search.rulers.y[slot] = ruler_y;
             search.rulers.value[slot] = value_of(ruler);
-            // Pixels of the same value may follow in this cell.
-            cell_keys[cell] = key_of_bound(value_of(key));
         }
-        __syncthreads();
-        rule_out(map.map, Window(ruler_y, ruler_x, radius, map.map.height, map.map.width),
+        rule_out(map.map, key, Window(ruler_y, ruler_x, radius, map.map.height, map.map.width),
                  value_of(ruler), cell_keys);
         cursor = key;
         ++num_visits;
-        // next_cell has a barrier before it reads the keys.
     }
     return num_kept;
 }
@@ -359,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     for (int cell = threadIdx.x; cell < num_nodes; cell += blockDim.x) {
         const float value = normalized.normalize(float_from_ordered(cell_max[cell]));
         const bool is_candidate = cell_max[cell] != 0 && value >= rule.value_thresh;
-        cell_keys[cell] = is_candidate ? key_of_bound(value) : no_pixel;
+        cell_keys[cell] = is_candidate ? key_of_bound(value, cell) : no_pixel;
     }
     __syncthreads();
     const int num_kept = visit_peaks(normalized, rule, cell_keys, search,
