@@ -20,6 +20,7 @@ from rich.logging import RichHandler
 from torch import Tensor, nn
 
 from training.data.augment import AugmentConfig, augment_images
+from training.data.bad_images import usable_images
 from training.data.coco import CocoFolder, load_coco_folder
 from training.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from training.engine.loss_guard import LossGuard
@@ -99,6 +100,8 @@ class TrainClassifierConfig:
     """Everything else."""
     num_threads: int = 2
     """CPU threads of torch."""
+    skip_bad: bool = False
+    """Leave unreadable images out and list them in the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +128,15 @@ def train_classifier(config: TrainClassifierConfig) -> None:
     if stage.finished:
         return
     recipe = config.recipe
-    folder = load_coco_folder(config.data)
+    usable = usable_images(load_coco_folder(config.data), skip_bad=config.skip_bad)
+    folder, skipped = usable.folder, dict(usable.skipped)
     side = recipe.model.vit.image_size
     cached_side = math.ceil(side * recipe.cache_margin)
     train = load_tagged_images(folder, cached_side)
     if config.negatives is not None:
-        negatives = load_tagged_images(load_coco_folder(config.negatives, ()), cached_side)
+        usable = usable_images(load_coco_folder(config.negatives, ()), skip_bad=config.skip_bad)
+        skipped |= usable.skipped
+        negatives = load_tagged_images(usable.folder, cached_side)
         train = with_negatives(train, negatives.images)
     if len(train.images) < recipe.batch_size:
         raise ValueError(
@@ -139,7 +145,11 @@ def train_classifier(config: TrainClassifierConfig) -> None:
         )
     val = None
     if config.val is not None:
-        val = load_tagged_images(load_coco_folder(config.val, folder.class_names), side)
+        usable = usable_images(
+            load_coco_folder(config.val, folder.class_names), skip_bad=config.skip_bad
+        )
+        skipped |= usable.skipped
+        val = load_tagged_images(usable.folder, side)
     torch.manual_seed(recipe.seed)
     model = make_classifier(recipe.model, len(folder.class_names), config.weights)
     metrics = _fit(stage, model, recipe, train, val)
@@ -149,7 +159,7 @@ def train_classifier(config: TrainClassifierConfig) -> None:
         folder.class_names,
         provenance={**stage.identity, "metrics": metrics},
     )
-    stage.finish(outputs=[WEIGHTS_NAME], metrics=metrics)
+    stage.finish(outputs=[WEIGHTS_NAME], metrics={**metrics, "skipped": skipped})
 
 
 def make_classifier(config: WeakTrConfig, num_classes: int, weights: Path | None) -> WeakTr:

@@ -21,6 +21,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from training.data.bad_images import usable_images
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import read_proposals, write_detections
 from training.data.views import FramedImage, frame_image
@@ -108,6 +109,8 @@ class TrainWsodConfig:
     val_proposals: Path | None = None
     """Proposals of its images."""
     recipe: WsodRecipe = field(default_factory=WsodRecipe)
+    skip_bad: bool = False
+    """Leave unreadable images out and list them in the manifest."""
 
     def __post_init__(self) -> None:
         if (self.val is None) != (self.val_proposals is None):
@@ -149,7 +152,8 @@ def main(config: TrainWsodConfig) -> None:
     stage = open_stage("train_wsod", config.output, config=config.recipe, inputs=inputs)
     if stage.finished:
         return
-    folder = load_coco_folder(config.data)
+    usable = usable_images(load_coco_folder(config.data), skip_bad=config.skip_bad)
+    folder, skipped = usable.folder, dict(usable.skipped)
     trunk = load_imagenet_squeezenet(config.trunk_weights)
     samples = load_samples(folder, config.proposals, trunk, config.recipe)
     head = train(stage, samples, config.recipe, num_classes=len(folder.class_names))
@@ -158,13 +162,17 @@ def main(config: TrainWsodConfig) -> None:
     metrics = {"train_evaluation_only": _detect(stage, head, folder, samples, config.recipe)}
     outputs = [WEIGHTS_NAME, DETECTIONS_NAME]
     if config.val is not None and config.val_proposals is not None:
-        val = load_coco_folder(config.val, classes=folder.class_names)
+        usable = usable_images(
+            load_coco_folder(config.val, classes=folder.class_names), skip_bad=config.skip_bad
+        )
+        val = usable.folder
+        skipped |= usable.skipped
         val_samples = load_samples(val, config.val_proposals, trunk, config.recipe)
         metrics["val"] = _detect(
             stage, head, val, val_samples, config.recipe, name=VAL_DETECTIONS_NAME
         )
         outputs.append(VAL_DETECTIONS_NAME)
-    stage.finish(outputs=outputs, metrics=metrics)
+    stage.finish(outputs=outputs, metrics={**metrics, "skipped": skipped})
     (stage.directory / _CHECKPOINT_NAME).unlink(missing_ok=True)
 
 
