@@ -112,6 +112,7 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
             val=config.val if config.val_proposals else None,
             val_proposals=val_proposals / PROPOSALS_NAME if config.val_proposals else None,
             recipe=recipe.wsod,
+            skip_bad=config.skip_bad,
         )
     )
     detections = wsod / train_wsod.DETECTIONS_NAME
@@ -234,6 +235,7 @@ def _proposals(config: RunConfig, recipe: ChainRecipe) -> tuple[Path, Path]:
                 weights=config.vit_weights,
                 recipe=recipe.classifier,
                 num_threads=config.num_threads,
+                skip_bad=config.skip_bad,
             )
         )
     predicted: ProposalRecipe = replace(recipe.proposals, tags="predicted")

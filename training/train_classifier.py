@@ -26,6 +26,7 @@ from rich.logging import RichHandler
 from torch import Tensor, nn
 
 from training.data.augment import AugmentConfig, augment_images
+from training.data.bad_images import UsableImages, usable_images
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.distributed import DeviceName, Process, training_process
 from training.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
@@ -119,6 +120,8 @@ class TrainClassifierConfig:
     """CPU threads of torch."""
     device: DeviceName = "auto"
     """Where the model trains."""
+    skip_bad: bool = False
+    """Leave unreadable images out and list them in the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +149,13 @@ def train_classifier(config: TrainClassifierConfig) -> None:
             )
         if stage.finished:
             return
-        folder = load_coco_folder(config.data)
-        recipe = config.recipe
+        usable = usable_images(load_coco_folder(config.data), skip_bad=config.skip_bad)
+        folder, recipe = usable.folder, config.recipe
         torch.manual_seed(recipe.seed)
         model = make_classifier(
             recipe.model, len(folder.class_names), config.weights, backbone=recipe.backbone
         ).to(process.device)
-        train, val = _load_data(config, folder, model, stage, process)
+        train, val, skipped = _load_data(config, usable, model, stage, process)
         metrics = _fit(stage, model, recipe, train, val, process)
         if process.is_main:
             save_classifier(
@@ -161,22 +164,26 @@ def train_classifier(config: TrainClassifierConfig) -> None:
                 folder.class_names,
                 provenance={**stage.identity, "metrics": metrics},
             )
-            stage.finish(outputs=[WEIGHTS_NAME], metrics=metrics)
+            stage.finish(outputs=[WEIGHTS_NAME], metrics={**metrics, "skipped": skipped})
             (stage.directory / _IMAGES_NAME).unlink(missing_ok=True)
         process.wait()
 
 
 def _load_data(
     config: TrainClassifierConfig,
-    folder: CocoFolder,
+    usable: UsableImages,
     model: WeakTr,
     stage: Stage,
     process: Process,
-) -> tuple[TaggedImages, TaggedImages | None]:
-    """Training and, on the process that measures, validation images."""
+) -> tuple[TaggedImages, TaggedImages | None, dict[str, str]]:
+    """Training and, on the process that measures, validation images; what was skipped of all."""
     recipe = config.recipe
+    folder, skipped = usable.folder, dict(usable.skipped)
     process.rows(recipe.batch_size)  # checks it
-    negatives = None if config.negatives is None else load_coco_folder(config.negatives, ())
+    negatives = None
+    if config.negatives is not None:
+        usable = usable_images(load_coco_folder(config.negatives, ()), skip_bad=config.skip_bad)
+        negatives, skipped = usable.folder, skipped | usable.skipped
     num_images = len(folder.records) + (0 if negatives is None else len(negatives.records))
     if num_images < recipe.batch_size:
         raise ValueError(
@@ -191,8 +198,12 @@ def _load_data(
         )
     val = None
     if config.val is not None and process.is_main:
-        val = load_tagged_images(load_coco_folder(config.val, folder.class_names), side)
-    return train, val
+        usable = usable_images(
+            load_coco_folder(config.val, folder.class_names), skip_bad=config.skip_bad
+        )
+        skipped = skipped | usable.skipped
+        val = load_tagged_images(usable.folder, side)
+    return train, val, skipped
 
 
 def make_classifier(

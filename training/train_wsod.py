@@ -27,6 +27,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from training.data.bad_images import usable_images
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import read_proposals, write_detections
 from training.data.views import FramedImage, frame_image
@@ -126,6 +127,8 @@ class TrainWsodConfig:
     recipe: WsodRecipe = field(default_factory=WsodRecipe)
     device: DeviceName = "cpu"
     """Where proposals are described and the heads train."""
+    skip_bad: bool = False
+    """Leave unreadable images out and list them in the manifest."""
 
     def __post_init__(self) -> None:
         if (self.val is None) != (self.val_proposals is None):
@@ -174,7 +177,8 @@ def main(config: TrainWsodConfig) -> None:
 
 def _run(config: TrainWsodConfig, stage: Stage, process: Process) -> None:
     recipe = config.recipe
-    folder = load_coco_folder(config.data)
+    usable = usable_images(load_coco_folder(config.data), skip_bad=config.skip_bad)
+    folder, skipped = usable.folder, dict(usable.skipped)
     trunk = load_trunk(recipe.model.trunk, config.trunk_weights)
     store = stage.directory / _STORE_NAME
     with process.main_first():
@@ -190,14 +194,18 @@ def _run(config: TrainWsodConfig, stage: Stage, process: Process) -> None:
     metrics = {"train_evaluation_only": _detect(stage, head, folder, samples, recipe)}
     outputs = [WEIGHTS_NAME, DETECTIONS_NAME]
     if config.val is not None and config.val_proposals is not None:
-        val = load_coco_folder(config.val, classes=folder.class_names)
+        usable = usable_images(
+            load_coco_folder(config.val, classes=folder.class_names), skip_bad=config.skip_bad
+        )
+        val = usable.folder
+        skipped |= usable.skipped
         val_store = stage.directory / f"val_{_STORE_NAME}"
         val_samples = load_samples(
             val, config.val_proposals, trunk, recipe, store=val_store, device=process.device
         )
         metrics["val"] = _detect(stage, head, val, val_samples, recipe, name=VAL_DETECTIONS_NAME)
         outputs.append(VAL_DETECTIONS_NAME)
-    stage.finish(outputs=outputs, metrics=metrics)
+    stage.finish(outputs=outputs, metrics={**metrics, "skipped": skipped})
     for name in (_CHECKPOINT_NAME, _STORE_NAME, f"val_{_STORE_NAME}"):
         (stage.directory / name).unlink(missing_ok=True)
 
