@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -118,13 +120,13 @@ def training_process(device: DeviceName = "auto") -> Iterator[Process]:
         return
     if on_gpu:
         torch.cuda.set_device(own)
-    store, rank, num_processes = next(distributed.rendezvous("env://", timeout=_PATIENCE))
+    store, rank, num_processes = next(rendezvous("env://", timeout=_PATIENCE))
     # After a restart by torchrun the store still has the addresses of the processes that died.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
         timeout=_PATIENCE,
-        store=distributed.PrefixStore(f"attempt-{attempt}", store),
+        store=PrefixStore(f"attempt-{attempt}", store),
         rank=rank,
         world_size=num_processes,
     )

@@ -102,11 +102,11 @@ class GenerateProposalsConfig:
         return Shard() if self.shard is None else Shard.parse(self.shard)
 
     def proposer(self) -> ProposerConfig:
-        """What each process needs."""
+        """What each process needs; absolute paths, because those of a cluster start elsewhere."""
         return ProposerConfig(
-            data=self.data,
-            classifier=self.classifier,
-            sam=self.sam,
+            data=self.data.resolve(),
+            classifier=self.classifier.resolve(),
+            sam=self.sam.resolve(),
             recipe=self.recipe,
             device=self.device,
             num_threads=max(1, self.num_threads // (1 if self.ray else self.num_workers)),
@@ -148,27 +148,25 @@ def _propose_all(
     with stage_progress() as progress:
         total = num_done + len(todo)
         task = progress.add_task("generate_proposals", total=total, completed=num_done)
-        if config.ray is not None:
-            lines = propose_on_ray(config.proposer(), todo, config.ray, config.num_workers)
-            with ShardWriter(directory, "ray") as writer:
-                for line in lines:
-                    writer.write(line)
-                    progress.advance(task)
-        elif config.num_workers > 1:
+        if config.num_workers > 1 and config.ray is None:
             watch = ShardWatch(directory)
             before = watch.count()
             for _ in propose_in_processes(config.proposer(), directory, todo, config.num_workers):
                 progress.update(task, completed=num_done + watch.count() - before)
+            return
+        if config.ray is not None:
+            name = "ray"
+            lines = propose_on_ray(config.proposer(), todo, config.ray, config.num_workers)
         else:
-            shard = config.own_shard()
+            name = config.own_shard().name
             proposer = ImageProposer(config.proposer())
-            record_of = {record.image_id: record for record in proposer.folder.records}
-            own = shard.select(todo, [record.image_id for record in proposer.folder.records])
+            own = config.own_shard().records(proposer.folder.records, todo)
+            lines = (encode_line(r.image_id, proposer.propose(r)) for r in own)
             progress.update(task, total=num_done + len(own))
-            with ShardWriter(directory, shard.name) as writer:
-                for image_id in own:
-                    writer.write(encode_line(image_id, proposer.propose(record_of[image_id])))
-                    progress.advance(task)
+        with ShardWriter(directory, name) as writer:
+            for line in lines:
+                writer.write(line)
+                progress.advance(task)
 
 
 def _finish(

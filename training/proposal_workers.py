@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from training.data.coco import ImageRecord
 from training.data.proposal_shards import ShardWriter, encode_line
 from training.proposer import ImageProposer, ProposerConfig
 from weaksam_rt.errors import WeakSamError
@@ -48,10 +49,10 @@ class Shard:
         """Of its file."""
         return f"{self.index}-of-{self.count}"
 
-    def select(self, todo: Sequence[int], all_ids: Sequence[int]) -> list[int]:
-        """Those of ``todo`` that are its own by their place among ``all_ids``."""
-        own = set(all_ids[self.index :: self.count])
-        return [image_id for image_id in todo if image_id in own]
+    def records(self, all_records: Sequence[ImageRecord], todo: Sequence[int]) -> list[ImageRecord]:
+        """Its own by their place among all, those of them whose ids are in ``todo``."""
+        wanted = set(todo)
+        return [r for r in all_records[self.index :: self.count] if r.image_id in wanted]
 
 
 class WorkerError(WeakSamError):

@@ -201,7 +201,7 @@ def test_kill_9_at_any_image_loses_no_finished_one_and_changes_nothing(world, tm
     generate_proposals(_config(world, tmp_path / "whole"))
     output = tmp_path / "killed"
     process = _run(_config(world, output))
-    watch, end = ShardWatch(output / "shards"), time.monotonic() + 120
+    watch, end = ShardWatch(output / "shards"), time.monotonic() + 240
     while watch.count() < 1 and time.monotonic() < end and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)

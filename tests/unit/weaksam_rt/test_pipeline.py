@@ -291,3 +291,75 @@ def test_maps_are_summed_over_the_mirror_image():
     maps = np.arange(12, dtype=np.float32).reshape(2, 1, 2, 3)
     np.testing.assert_array_equal(sum_over_flip(maps), maps[0] + maps[1][..., ::-1])
     np.testing.assert_array_equal(sum_over_flip(maps[:1]), maps[0])
+
+
+def _proposals_with(**settings):
+    config = replace(_CONFIG, proposals=replace(_CONFIG.proposals, **settings))
+    picture = _picture(0)
+    prompts, prompted = asyncio.run(_pipeline(config=config).prompted_boxes(picture, tags=["red"]))
+    return prompts, prompted, asyncio.run(_pipeline(config=config).propose(picture, ["red"]))
+
+
+def test_the_config_says_which_prompts_are_used():
+    everything, _, _ = _proposals_with()
+    assert set(everything.sources.tolist()) == set(PromptSource)
+    some, prompted, result = _proposals_with(sources=("coarse", "cross"))
+    wanted = {PromptSource.COARSE, PromptSource.CROSS}
+    assert set(some.sources.tolist()) == set(prompted.sources.tolist()) == wanted
+    assert set(result.prompts.sources.tolist()) == wanted
+    kept = everything.subset(np.flatnonzero(np.isin(everything.sources, list(wanted))))
+    np.testing.assert_array_equal(some.points, kept.points)
+
+
+@pytest.mark.parametrize(("masks", "sides"), [((1, 2), {16, 32}), ((0,), {8}), ((2,), {32})])
+def test_the_config_says_which_of_the_three_masks_count(masks, sides):
+    """The decoder's squares have sides 8, 16 and 32 in its frame, twice that in the image."""
+    _, prompted, _ = _proposals_with(sources=("cross",), peak_masks=masks)
+    widths = np.round(prompted.boxes[:, 2] - prompted.boxes[:, 0])
+    assert {int(w) for w in widths} <= {2 * side for side in sides}
+    prompts, _, _ = _proposals_with(sources=("cross",))
+    assert len(prompted.boxes) == len(masks) * len(prompts)
+    _, of_grid, _ = _proposals_with(sources=("grid",), grid_masks=masks)
+    assert len(of_grid.boxes) == len(masks) * 4
+
+
+def test_class_prompts_can_be_left_out():
+    spots = _picture(0, where=(slice(0, 16), slice(0, 32)))
+    spots[40:64, 80:128, 0] = 255
+    counts = []
+    for class_prompts in (True, False):
+        settings = replace(_CONFIG.proposals, sources=("coarse",), class_prompts=class_prompts)
+        pipeline = _pipeline(config=replace(_CONFIG, proposals=settings))
+        prompts, prompted = asyncio.run(pipeline.prompted_boxes(spots, tags=["red"]))
+        assert len(prompts) > 1
+        counts.append(len(prompted.boxes) - 2 * len(prompts))
+    assert counts == [2, 0], "two masks of all points of the class together"
+
+
+def test_peaks_from_elsewhere_can_be_prompted():
+    own, expected, _ = _proposals_with()
+    peaks = own.subset(np.flatnonzero(own.sources != PromptSource.GRID))
+    prompts, prompted = asyncio.run(_pipeline().prompted_boxes(_picture(0), peaks=peaks))
+    np.testing.assert_array_equal(prompts.points, own.points)
+    np.testing.assert_array_equal(prompted.boxes, expected.boxes)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sources": ()}, "sources must be some of"),
+        ({"peak_masks": ()}, "peak_masks must be some of 0, 1, 2"),
+        ({"grid_masks": (2, 1)}, "ascending"),
+        ({"grid_masks": (3,)}, "grid_masks must be some of 0, 1, 2"),
+        ({"min_side_px": -1.0}, "min_side_px must not be negative"),
+    ],
+)
+def test_impossible_settings_of_proposals_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ProposalConfig(**wrong)
+
+
+def test_settings_with_lists_come_back_from_json():
+    settings = replace(_CONFIG.proposals, sources=("grid", "fine"), peak_masks=(2,))
+    config = replace(_CONFIG, proposals=settings)
+    assert PipelineConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
