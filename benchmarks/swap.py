@@ -68,6 +68,8 @@ with ModelControl(sys.argv[3]) as control:
         sys.exit("the release was not taken back")
 """
 """A release whose probation fails: the forced way back."""
+_MOST_IN_FLIGHT = 64
+"""Requests on their way; more means that the server cannot keep up and nothing is measured."""
 _FIRST_STEP = "journal"
 """What a release prints when it begins to change something."""
 
@@ -106,7 +108,8 @@ class SteadyLoad:
         self._images, self._rate = images, rate
         self.answers: list[Answer] = []
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(64)
+        self.most_waiting = 0
+        self._pool = ThreadPoolExecutor(_MOST_IN_FLIGHT)
         self._thread = threading.Thread(target=self._send)
 
     def __enter__(self) -> "SteadyLoad":
@@ -126,6 +129,7 @@ class SteadyLoad:
             time.sleep(max(due - time.perf_counter(), 0))
             self._pool.submit(self._ask, number % len(self._images), due)
             number += 1
+            self.most_waiting = max(self.most_waiting, number - len(self.answers))
 
     def _ask(self, image: int, due: float) -> None:
         version, detections, text = 0, None, ""
@@ -208,6 +212,11 @@ def main(
                     time.sleep(pause / 2)
                 while len(load.answers) < requests:
                     time.sleep(0.2)
+        if load.most_waiting > _MOST_IN_FLIGHT:
+            raise RuntimeError(
+                f"{load.most_waiting} requests were waiting at a time: this machine cannot serve "
+                f"{rate:.1f} requests a second beside what else it does; lower --rate"
+            )
         expected = _expected(_engines(repository, load.answers, artifacts["first"]), images)
         report = _report(
             load.answers, windows, expected,
@@ -265,7 +274,7 @@ def _swaps(
 def _timed(name: str, command: Sequence[str]) -> list[Window]:
     """Run a command; when it built and when it swapped, by what it prints."""
     start = time.perf_counter()
-    changed = None if "rollback" not in name else start
+    changed = None
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment

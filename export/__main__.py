@@ -219,7 +219,10 @@ def rollback(
         root_certificates: PEM file of the authorities to trust, for an encrypted server.
     """
     with _control(url, root_certificates) as control:
-        done = roll_back(repository, model, control, to=to)
+        done = roll_back(
+            repository, model, control, to=to,
+            on_step=lambda step: _LOGGER.info("  %s", step),
+        )  # fmt: skip
     _LOGGER.info("version %d is served, %.1f s", done.release.version, sum(done.seconds.values()))
 
 

@@ -6,7 +6,7 @@
     +-- ContractError           an array's name, dtype or shape differs from the model's contract
     +-- ImageError              the bytes are not an image that we accept
     +-- ArtifactError           a model file or manifest is missing, damaged or from elsewhere
-    +-- ReleaseError            a release was refused or taken back; the version before is served
+    +-- ReleaseError            a release was refused, taken back or not cleared away
     +-- BackendUnavailableError  what a chosen backend needs is not on this machine
     +-- ServerUnavailableError  no server answers, or it does not serve the model
     +-- InferenceTimeoutError   the deadline passed
@@ -36,7 +36,7 @@ class ArtifactError(WeakSamError):
 
 
 class ReleaseError(WeakSamError):
-    """A release was refused or taken back; the version before is served as before."""
+    """A release was refused, taken back or not cleared away; the message says what is served."""
 
 
 class BackendUnavailableError(WeakSamError):

@@ -482,12 +482,13 @@ def _replace_folder(output: Path, texts: Mapping[str, str], copies: Mapping[str,
 def _check_replaceable(output: Path) -> None:
     if not output.exists():
         return
-    strangers = (
-        sorted(
-            p.name
-            for p in output.iterdir()
-            if p.name not in RELEASE_FILES and not (p / CONFIG_NAME).is_file()
+    if any((output / name).exists() for name in RELEASE_FILES):
+        raise ValueError(
+            f"{output} has had releases and may be being served; give a new folder, or delete this "
+            "one when no server uses it"
         )
+    strangers = (
+        sorted(p.name for p in output.iterdir() if not (p / CONFIG_NAME).is_file())
         if output.is_dir()
         else [output.name]
     )

@@ -261,7 +261,13 @@ def _run(
             ) from error
         raise
     start = time.perf_counter()
-    removed = _finish(repository, release, control, keep=keep, on_step=on_step)
+    try:
+        removed = _finish(repository, release, control, keep=keep, on_step=on_step)
+    except ServerUnavailableError as error:
+        raise ReleaseError(
+            f"version {release.version} is live, and the version before could not be cleared away "
+            f"yet: {error}; `weaksam serve --allow-releases` or the next release does it"
+        ) from error
     seconds["finish"] = round(time.perf_counter() - start, 3)
     return ReleaseReport(release=release, seconds=seconds, removed=tuple(removed))
 

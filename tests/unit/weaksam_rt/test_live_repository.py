@@ -144,6 +144,13 @@ def test_a_live_version_cannot_be_removed(repository):
     remove_version(repository, DETECTOR, 5)  # never there
 
 
+def test_a_repository_with_releases_is_not_built_over(repository, tmp_path):
+    append_history(repository, {"version": 2, "action": "release"})
+    with pytest.raises(ValueError, match="has had releases and may be being served"):
+        build(write_artifacts(tmp_path / "again"), repository)
+    assert history(repository)
+
+
 def test_half_written_folders_are_swept_and_others_are_not(repository):
     for name in (".2.staging", ".git"):
         (repository / DETECTOR / name).mkdir()
