@@ -36,12 +36,19 @@ def save_onnx(
             location=weights.name,
             size_threshold=_SMALL_TENSOR,
         )
-        # A graph without its weights is refused by its manifest's hash, so the order is safe.
-        if is_external:
-            _publish(Path(folder) / weights.name, weights)
-        else:
-            weights.unlink(missing_ok=True)
-        _publish(graph, path)
+        publish_onnx(graph, path)
+
+
+def publish_onnx(source: Path, path: Path) -> None:
+    """Move an ONNX file, and its weights where they lie beside it, to ``path`` on the same disk.
+
+    A graph without its weights is refused by its manifest's hash, so the order is safe.
+    """
+    if external_data_path(source).is_file():
+        _publish(external_data_path(source), external_data_path(path))
+    else:
+        external_data_path(path).unlink(missing_ok=True)
+    _publish(source, path)
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:

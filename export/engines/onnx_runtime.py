@@ -1,5 +1,6 @@
 """ONNX Runtime as an engine: the graph itself, opened once to see that this runtime takes it."""
 
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from export.engines.base import (
     EngineSource,
     typed_graph,
 )
-from export.onnx_files import save_onnx
+from export.onnx_files import publish_onnx, save_onnx
 from weaksam_rt.errors import BackendUnavailableError
 
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider"]
@@ -54,25 +55,12 @@ class OnnxRuntimeBuilder:
         """See ``EngineBuilder``."""
         self.check(config)
         start = time.perf_counter()
-        save_onnx(typed_graph(source, config), path)
-        try:
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 4
-            session = onnxruntime.InferenceSession(str(path), options, providers=[self.provider])
-        except Exception as error:
-            path.unlink()
-            raise EngineBuildError(
-                f"ONNX Runtime {onnxruntime.__version__} on {self.provider} cannot run "
-                f"{source.contract.name} in {config.precision}: {' '.join(str(error).split())}; "
-                "choose another precision or engine"
-            ) from error
-        # Without its libraries the CUDA provider gives way to the CPU without an error.
-        if session.get_providers()[0] != self.provider:
-            path.unlink()
-            raise BackendUnavailableError(
-                f"{self.provider} did not start and {session.get_providers()[0]} took its place; "
-                "check the CUDA and cuDNN libraries"
-            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            fresh = Path(folder) / path.name
+            save_onnx(typed_graph(source, config), fresh)
+            self._try(fresh, source, config)
+            publish_onnx(fresh, path)
         return BuiltEngine(
             precision=config.precision,
             compute_capabilities=config.compute_capabilities,
@@ -80,3 +68,22 @@ class OnnxRuntimeBuilder:
             versions={"onnxruntime": onnxruntime.__version__},
             build_s=round(time.perf_counter() - start, 2),
         )
+
+    def _try(self, path: Path, source: EngineSource, config: EngineConfig) -> None:
+        """Open the file as a server will."""
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=[self.provider])
+        except Exception as error:
+            raise EngineBuildError(
+                f"ONNX Runtime {onnxruntime.__version__} on {self.provider} cannot run "
+                f"{source.contract.name} in {config.precision}: {' '.join(str(error).split())}; "
+                "choose another precision or engine"
+            ) from error
+        # Without its libraries the CUDA provider gives way to the CPU without an error.
+        if session.get_providers()[0] != self.provider:
+            raise BackendUnavailableError(
+                f"{self.provider} did not start and {session.get_providers()[0]} took its place; "
+                "check the CUDA and cuDNN libraries"
+            )
