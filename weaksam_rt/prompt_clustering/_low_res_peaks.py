@@ -4,8 +4,9 @@ equal results.
 Pixels between the same four nodes form a *cell*, in which the map is bilinear. Its value at any
 pixel follows from the cell's *corners*, the first and last pixel along each axis, but for rounding
 errors, whose bound is known (``_Surface.error``). So a pixel beside a corner that is higher by more
-than the bound allows needs no look. Corners are a few per cent of all pixels. Where a cell is so
-flat that errors could decide, the map counts as *unclear* and is searched in full; hardly any is.
+than the bound allows needs no look. Of 14x14 nodes on 375x500 pixels, 0.4 % are corners. Where a
+cell is so flat that errors could decide, the map counts as *unclear* and is searched in full; few
+are.
 
 The first and last pixels of an axis repeat a node (edges do not rise). They are left out of cells:
 whatever holds for the last one that differs holds for its *copies*, each in its own window.

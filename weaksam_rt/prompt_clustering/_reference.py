@@ -336,25 +336,30 @@ def _seeds(points: NDArray[np.int64], num_clusters: int) -> NDArray[np.int64]:
 def _tightest_seeds(distances: NDArray[np.float64], first: int, most: int) -> list[int]:
     """Each next centre leaves the least sum of distances to the nearest centre."""
     chosen, nearest = [first], distances[first].copy()
-    left_by_each = np.minimum(nearest, distances).sum(axis=1)
-    while len(chosen) < most and nearest.any():
-        chosen.append(int(left_by_each.argmin()))
+    left, left_by_each = nearest.sum(), np.minimum(nearest, distances).sum(axis=1)
+    while len(chosen) < most and left > 0:
+        best = int(left_by_each.argmin())
+        chosen.append(best)
+        left = left_by_each[best]
         # Only points that are nearer to the new centre change the sums.
-        closer = np.flatnonzero(distances[chosen[-1]] < nearest)
-        before, after = nearest[closer, None], distances[closer, chosen[-1], None]
-        of_closer = distances[closer]
-        saved = np.minimum(before, of_closer) - np.minimum(after, of_closer)
-        left_by_each -= saved.sum(axis=0)
-        nearest[closer] = after[:, 0]
+        (closer,) = (distances[best] < nearest).nonzero()
+        of_closer, after = distances[closer], distances[best, closer]
+        saved = np.minimum(nearest[closer, None], of_closer)
+        saved -= np.minimum(after[:, None], of_closer)
+        left_by_each -= np.add.reduce(saved, axis=0)
+        nearest[closer] = after
     return chosen
 
 
 def _farthest_seeds(distances: NDArray[np.float64], first: int, most: int) -> list[int]:
     """Each next centre is the point farthest from all before."""
     chosen, nearest = [first], distances[first]
-    while len(chosen) < most and nearest.any():
-        chosen.append(int(nearest.argmax()))
-        nearest = np.minimum(nearest, distances[chosen[-1]])
+    while len(chosen) < most:
+        farthest = int(nearest.argmax())
+        if nearest[farthest] == 0:
+            break
+        chosen.append(farthest)
+        nearest = np.minimum(nearest, distances[farthest])
     return chosen
 
 

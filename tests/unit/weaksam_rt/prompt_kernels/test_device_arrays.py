@@ -157,7 +157,7 @@ def test_kernels_read_device_arrays_where_they_are(cpu_kernels):
 
 def test_maps_of_one_image_on_a_gpu_are_joined_there(cpu_kernels, monkeypatch):
     backend = KernelBackend(cpu_kernels.with_threads(32))
-    monkeypatch.setattr("weaksam_rt.prompt_clustering.prompt_backend", lambda name: backend)
+    monkeypatch.setattr("weaksam_rt.prompt_clustering.prompt_backend", lambda *_: backend)
     rng = np.random.default_rng(2)
     maps = {
         "coarse_maps": rng.random((2, 5, 6), dtype=np.float32),
