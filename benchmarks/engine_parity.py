@@ -89,6 +89,7 @@ def main(
     calibration_images: int = 32,
     parity_images: int = 4,
     only: tuple[str, ...] = (),
+    parity: bool = True,
     build: bool = True,
     output: Path = Path("benchmarks/results/engine_parity"),
 ) -> None:
@@ -102,6 +103,7 @@ def main(
         calibration_images: Of ``calibration``.
         parity_images: Of ``data`` for errors and overlaps.
         only: Names of models; empty: all.
+        parity: Run and compare; else what was measured before stays.
         build: Also build TensorRT-RTX engines.
         output: Report without its endings.
     """
@@ -117,16 +119,23 @@ def main(
             f"python -m benchmarks.engine_parity {models} --data {data.parent.name}/{data.name} "
             f"--only {artifact.model} --max-images {max_images} --parity-images {parity_images} "
             f"--calibration-images {calibration_images}"
+            f"{'' if parity else ' --no-parity'}{'' if build else ' --no-build'}"
         )
-        found = {
-            "commands": [{"model": artifact.model, "command": command, "commit": git_commit()}],
-            "parity": [asdict(row) for row in _parity_rows(prepared, folder)],
-            "builds": [asdict(row) for row in _builds(prepared)] if build else [],
+        found: dict[str, Any] = {
+            "commands": [
+                {"model": artifact.model, "of": name, "command": command, "commit": git_commit()}
+                for name, is_measured in (("parity", parity), ("builds", build))
+                if is_measured
+            ],
             "kept": [
                 {"precision": p, "nodes": d.num_nodes, "keep": d.keep, "model": artifact.model}
                 for p, d in prepared.diagnoses.items()
             ],
         }
+        if parity:
+            found["parity"] = [asdict(row) for row in _parity_rows(prepared, folder)]
+        if build:
+            found["builds"] = [asdict(row) for row in _builds(prepared)]
         _write(output, artifact.model, finite_json(found))
     Console().print(output.with_suffix(".md").read_text(), markup=False, soft_wrap=True)
 
@@ -170,9 +179,14 @@ def _write(output: Path, model: str, found: Mapping[str, Any]) -> None:
     """Replace the rows of one model; after every model, because a build can take long."""
     path = output.with_suffix(".json")
     before = json.loads(path.read_text()) if path.is_file() else {}
+
+    def is_replaced(name: str, row: Mapping[str, Any]) -> bool:
+        return row["model"] == model and row.get("of", name) in found
+
     tables = {
-        name: [row for row in before.get(name, []) if row["model"] != model] + rows
-        for name, rows in found.items()
+        name: [row for row in before.get(name, []) if not is_replaced(name, row)]
+        + found.get(name, [])
+        for name in ("commands", "parity", "kept", "builds")
     }
     for rows in tables.values():
         rows.sort(key=lambda row: str(row["model"]))
@@ -292,7 +306,10 @@ def _report(tables: Mapping[str, Sequence[Mapping[str, Any]]], machine: str) -> 
         "# Engines beside float32 ONNX",
         "",
         f"- {machine}",
-        *(f"- `{row['command']}`, commit {row['commit']}" for row in tables["commands"]),
+        *(
+            f"- {row['of']}: `{row['command']}`, commit {row['commit']}"
+            for row in tables["commands"]
+        ),
         "- *emulated*: every result of a lowered node is rounded and normalisations are written "
         "out (ADR 0012); ONNX Runtime on a CPU widens float16 and hides overflow",
         "- *max error*: of any element, by its output's largest magnitude; the detector's outputs "
