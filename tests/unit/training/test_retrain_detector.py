@@ -1,14 +1,16 @@
 import dataclasses
 import json
-import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import training.retrain_detector as stage_module
+from tests.unit.training.tiny_detector import RECIPE, open_detector_stage, train_masks, with_masks
 from training.data.coco import load_coco_folder
 from training.detect import detect_folder
 from training.engine.checkpoint import DivergedError, load_weights, save_weights
@@ -29,26 +31,11 @@ from training.retrain_detector import (
     train,
     train_step,
 )
-from training.retraining.faster_rcnn import FasterRcnn, FasterRcnnConfig
+from training.retraining.faster_rcnn import FasterRcnn
 from training.retraining.roi_drop import RoiDropConfig
 from weaksam_rt.config import DetectionConfig
 from weaksam_rt.errors import ArtifactError
 from weaksam_rt.files import write_json
-
-_RECIPE = DetectorRecipe(
-    model=FasterRcnnConfig(
-        image_size=64,
-        neck_channels=16,
-        roi_channels=16,
-        head_width=16,
-        anchor_sizes=((12,), (24,), (44,)),
-        rois_per_image=8,
-        proposals_per_image=30,
-    ),
-    epochs=2,
-    batch_size=2,
-    warmup_steps=1,
-)
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +45,8 @@ def scenes(tmp_path_factory):
     return root
 
 
-def _open(directory):
-    return open_stage("retrain_detector", directory, config=_RECIPE, inputs={})
-
-
-def _start(folder, recipe=_RECIPE):
+def _start(folder, recipe=RECIPE):
     return initial_model(recipe, folder.class_names, None)
-
-
-def _with_masks(recipe=_RECIPE, **changes):
-    model = dataclasses.replace(recipe.model, mask_channels=8)
-    return dataclasses.replace(recipe, model=model, **changes)
 
 
 def _losses(directory):
@@ -77,10 +55,10 @@ def _losses(directory):
     ]
 
 
-@pytest.mark.parametrize("recipe", [_RECIPE, _with_masks()], ids=["boxes", "masks"])
+@pytest.mark.parametrize("recipe", [RECIPE, with_masks()], ids=["boxes", "masks"])
 def test_a_killed_run_ends_where_the_undisturbed_one_does(scenes, tmp_path, monkeypatch, recipe):
     folder = load_coco_folder(scenes / "train")
-    undisturbed = train(_open(tmp_path / "a"), folder, recipe, _start(folder, recipe))
+    undisturbed = train(open_detector_stage(tmp_path / "a"), folder, recipe, _start(folder, recipe))
     real_step = stage_module.train_step
 
     def _killed_in_step_3(model, optimizer, batch, recipe, step, num_steps):
@@ -90,9 +68,9 @@ def test_a_killed_run_ends_where_the_undisturbed_one_does(scenes, tmp_path, monk
 
     monkeypatch.setattr(stage_module, "train_step", _killed_in_step_3)
     with pytest.raises(KeyboardInterrupt):
-        train(_open(tmp_path / "b"), folder, recipe, _start(folder, recipe))
+        train(open_detector_stage(tmp_path / "b"), folder, recipe, _start(folder, recipe))
     monkeypatch.undo()
-    resumed = train(_open(tmp_path / "b"), folder, recipe, _start(folder, recipe))
+    resumed = train(open_detector_stage(tmp_path / "b"), folder, recipe, _start(folder, recipe))
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
     # Step 2 was done, lost with the process and done again.
@@ -104,25 +82,13 @@ def test_a_killed_run_ends_where_the_undisturbed_one_does(scenes, tmp_path, monk
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_process_killed_by_the_system_leaves_the_loss_curve_unchanged(scenes, tmp_path, seed):
     """SIGKILL at a random step of a real process, with masks; nothing gets a chance to clean up."""
-    recipe = _with_masks(epochs=3)
-    folder = load_coco_folder(scenes / "train")
-    train(_open(tmp_path / "a"), folder, recipe, _start(folder, recipe))
-    victim = int(np.random.default_rng(seed).integers(1, 6))
-    child = os.fork()
-    if child == 0:  # pragma: no cover
-        real_step = stage_module.train_step
-
-        def _killed(model, optimizer, batch, recipe, step, num_steps):
-            if step == victim:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real_step(model, optimizer, batch, recipe, step, num_steps)
-
-        stage_module.train_step = _killed
-        train(_open(tmp_path / "b"), folder, recipe, _start(folder, recipe))
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    train(_open(tmp_path / "b"), folder, recipe, _start(folder, recipe))
-    stages = _open(tmp_path / "a"), _open(tmp_path / "b")
+    data, victim = scenes / "train", int(np.random.default_rng(seed).integers(1, 6))
+    train_masks(data, tmp_path / "a")
+    arguments = [str(data), str(tmp_path / "b"), str(victim)]
+    command = [sys.executable, "-m", "tests.unit.training.tiny_detector", *arguments]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    train_masks(data, tmp_path / "b")
+    stages = open_detector_stage(tmp_path / "a"), open_detector_stage(tmp_path / "b")
     undisturbed, resumed = ([entry["loss"] for entry in stage.metrics()] for stage in stages)
     assert len(undisturbed) == 6
     assert resumed == undisturbed
@@ -138,15 +104,15 @@ def test_a_loss_that_is_no_number_stops_and_names_the_images(scenes, tmp_path, m
 
     monkeypatch.setattr(stage_module, "train_step", _nan_in_step_3)
     with pytest.raises(DivergedError, match="after 2 steps") as raised:
-        train(_open(tmp_path / "run"), folder, _RECIPE, _start(folder))
+        train(open_detector_stage(tmp_path / "run"), folder, RECIPE, _start(folder))
     images = load_framed_images(folder, 64)
-    for view in batch_of_step(images, _RECIPE, 3):
+    for view in batch_of_step(images, RECIPE, 3):
         assert view.name in str(raised.value)
 
 
 def test_masks_can_be_added_to_a_finished_detector_without_touching_its_boxes(scenes, tmp_path):
     config = RetrainDetectorConfig(
-        data=scenes / "train", val=scenes / "val", output=tmp_path / "boxes", recipe=_RECIPE
+        data=scenes / "train", val=scenes / "val", output=tmp_path / "boxes", recipe=RECIPE
     )
     main(config)
     start = config.output / WEIGHTS_NAME
@@ -154,7 +120,7 @@ def test_masks_can_be_added_to_a_finished_detector_without_touching_its_boxes(sc
         config,
         output=tmp_path / "masks",
         start_from=start,
-        recipe=_with_masks(only_masks=True, learning_rate=1e-2),
+        recipe=with_masks(only_masks=True, learning_rate=1e-2),
     )
     main(masked)
     before, after = load_weights(start), load_weights(masked.output / WEIGHTS_NAME)
@@ -174,18 +140,18 @@ def test_masks_can_be_added_to_a_finished_detector_without_touching_its_boxes(sc
 
 
 def test_a_detector_of_other_classes_or_sizes_is_no_start(scenes, tmp_path):
-    model = FasterRcnn(_RECIPE.model, 2)
+    model = FasterRcnn(RECIPE.model, 2)
     path = tmp_path / "d.safetensors"
     save_weights(path, model.state_dict(), {"class_names": ["disc", "star"]})
     with pytest.raises(ValueError, match=r"d\.safetensors knows \['disc', 'star'\]"):
-        initial_model(_RECIPE, ("star", "disc"), None, path)
-    wider = dataclasses.replace(_RECIPE.model, head_width=32)
+        initial_model(RECIPE, ("star", "disc"), None, path)
+    wider = dataclasses.replace(RECIPE.model, head_width=32)
     with pytest.raises(ArtifactError, match=r"d\.safetensors does not fit"):
-        initial_model(dataclasses.replace(_RECIPE, model=wider), ("disc", "star"), None, path)
-    masking = _with_masks()
+        initial_model(dataclasses.replace(RECIPE, model=wider), ("disc", "star"), None, path)
+    masking = with_masks()
     save_weights(path, FasterRcnn(masking.model, 2).state_dict(), {"class_names": ["disc", "star"]})
     with pytest.raises(ArtifactError, match="too many"):
-        initial_model(_RECIPE, ("disc", "star"), None, path)
+        initial_model(RECIPE, ("disc", "star"), None, path)
 
 
 def test_masks_are_learnt_from_boxes_with_masks_only(scenes, tmp_path):
@@ -194,18 +160,23 @@ def test_masks_are_learnt_from_boxes_with_masks_only(scenes, tmp_path):
     write_json(tmp_path / "some.json", content)
     folder = load_coco_folder(scenes / "train", annotations=tmp_path / "some.json")
     with pytest.raises(ValueError, match=r"\.jpg has \d boxes and \d masks"):
-        train(_open(tmp_path / "run"), folder, _with_masks(), _start(folder, _with_masks()))
+        train(
+            open_detector_stage(tmp_path / "run"),
+            folder,
+            with_masks(),
+            _start(folder, with_masks()),
+        )
     with pytest.raises(ValueError, match="only_masks needs a mask head"):
         DetectorRecipe(only_masks=True)
     with pytest.raises(ValueError, match="--start-from"):
         RetrainDetectorConfig(
-            data=scenes / "train", output=tmp_path / "x", recipe=_with_masks(only_masks=True)
+            data=scenes / "train", output=tmp_path / "x", recipe=with_masks(only_masks=True)
         )
 
 
 def test_masks_alone_learn_nothing_from_images_of_background(scenes):
     images = load_negatives(load_coco_folder(scenes / "val"), 64)
-    recipe = _with_masks(only_masks=True)
+    recipe = with_masks(only_masks=True)
     model = initial_model(recipe, ("disc", "star"), None)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=1e-2)
@@ -224,7 +195,7 @@ def test_bad_images_are_left_out_of_training_and_evaluation_and_listed(scenes, t
         (tmp_path / split / "instances.json").write_text(text.replace(bad.name, f"{split}.jpg"))
     config = RetrainDetectorConfig(
         data=tmp_path / "train", val=tmp_path / "val", output=tmp_path / "run",
-        recipe=dataclasses.replace(_RECIPE, epochs=1),
+        recipe=dataclasses.replace(RECIPE, epochs=1),
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"cannot read .*train\.jpg"):
         main(config)
@@ -236,12 +207,12 @@ def test_bad_images_are_left_out_of_training_and_evaluation_and_listed(scenes, t
 
 def test_the_command_trains_evaluates_and_is_skipped_when_done(scenes, tmp_path):
     config = RetrainDetectorConfig(
-        data=scenes / "train", val=scenes / "val", output=tmp_path / "run", recipe=_RECIPE
+        data=scenes / "train", val=scenes / "val", output=tmp_path / "run", recipe=RECIPE
     )
     main(config)
     assert 0 <= read_manifest(tmp_path / "run")["metrics"]["val"]["voc_ap50"] <= 1
     model, class_names = load_detector(tmp_path / "run" / WEIGHTS_NAME)
-    assert model.config == _RECIPE.model
+    assert model.config == RECIPE.model
     assert class_names == load_coco_folder(scenes / "train").class_names
     written = (tmp_path / "run" / WEIGHTS_NAME).stat().st_mtime_ns
     main(config)
@@ -259,7 +230,7 @@ def test_true_boxes_measure_the_drop_and_change_no_weight(scenes, tmp_path):
         data=scenes / "train",
         annotations=tmp_path / "pseudo.json",
         output=tmp_path / "blind",
-        recipe=dataclasses.replace(_RECIPE, roi_drop=drop),
+        recipe=dataclasses.replace(RECIPE, roi_drop=drop),
     )
     main(config)
     measured = dataclasses.replace(
@@ -289,31 +260,33 @@ def test_true_boxes_of_other_images_are_refused(scenes):
 
 def test_views_depend_on_seed_and_step_only(scenes):
     images = load_framed_images(load_coco_folder(scenes / "train"), 64)
-    first, again, other = (batch_of_step(images, _RECIPE, step) for step in (1, 1, 3))
+    first, again, other = (batch_of_step(images, RECIPE, step) for step in (1, 1, 3))
     np.testing.assert_array_equal(first[0].pixels, again[0].pixels)
     assert any((a.pixels != b.pixels).any() for a, b in zip(first, other, strict=True))
 
 
 def test_every_image_is_seen_once_an_epoch(scenes):
     images = load_framed_images(load_coco_folder(scenes / "train"), 64)
-    assert sum(len(batch_of_step(images, _RECIPE, step)) for step in range(2)) == len(images)
+    assert sum(len(batch_of_step(images, RECIPE, step)) for step in range(2)) == len(images)
 
 
 def test_images_of_background_are_learnt_from_without_boxes(scenes, tmp_path):
     folder, other = load_coco_folder(scenes / "train"), load_coco_folder(scenes / "val")
     assert all(len(image.boxes) == 0 for image in load_negatives(other, 64))
-    plain = train(_open(tmp_path / "a"), folder, _RECIPE, _start(folder))
-    with_background = train(_open(tmp_path / "b"), folder, _RECIPE, _start(folder), other)
+    plain = train(open_detector_stage(tmp_path / "a"), folder, RECIPE, _start(folder))
+    with_background = train(
+        open_detector_stage(tmp_path / "b"), folder, RECIPE, _start(folder), other
+    )
     assert not torch.equal(plain.box_head.classes.bias, with_background.box_head.classes.bias)
 
 
 def test_silence_is_learnt_from_images_of_background_alone(scenes):
     images = load_negatives(load_coco_folder(scenes / "val"), 64)
     torch.manual_seed(0)
-    model = FasterRcnn(_RECIPE.model, 3)
-    optimizer = torch.optim.AdamW(parameter_groups(model, _RECIPE), lr=1e-3)
+    model = FasterRcnn(RECIPE.model, 3)
+    optimizer = torch.optim.AdamW(parameter_groups(model, RECIPE), lr=1e-3)
     losses = [
-        train_step(model, optimizer, images, _RECIPE, step, 40)["classification"]
+        train_step(model, optimizer, images, RECIPE, step, 40)["classification"]
         for step in range(30)
     ]
     assert losses[-1] < 0.5 * losses[0]
@@ -321,7 +294,7 @@ def test_silence_is_learnt_from_images_of_background_alone(scenes):
 
 def test_detections_lie_in_the_frame_of_each_image(scenes):
     folder = load_coco_folder(scenes / "val")
-    model = FasterRcnn(_RECIPE.model, len(folder.class_names)).eval()
+    model = FasterRcnn(RECIPE.model, len(folder.class_names)).eval()
     adapter = DetectorAdapter(model, CandidateConfig(num_rois=10, num_candidates=10)).eval()
     found = detect_folder(
         adapter,
@@ -339,7 +312,7 @@ def test_detections_lie_in_the_frame_of_each_image(scenes):
 
 
 def test_weights_of_another_size_are_refused_by_name(tmp_path):
-    model = FasterRcnn(_RECIPE.model, 2)
+    model = FasterRcnn(RECIPE.model, 2)
     sizes = {"anchor_sizes": [[12], [24], [44]], "aspect_ratios": [0.5, 1.0, 2.0]}
     save_weights(
         tmp_path / "d.safetensors",
@@ -353,4 +326,4 @@ def test_weights_of_another_size_are_refused_by_name(tmp_path):
 def test_a_data_set_without_boxes_is_refused(scenes, tmp_path):
     folder = load_coco_folder(scenes / "train", classes=())
     with pytest.raises(ValueError, match="no image has a box"):
-        train(_open(tmp_path), folder, _RECIPE, _start(folder))
+        train(open_detector_stage(tmp_path), folder, RECIPE, _start(folder))
