@@ -204,13 +204,7 @@ def read_image(record: ImageRecord) -> NDArray[np.uint8]:
     Raises:
         ValueError: It cannot be read, or has another size than the annotations say.
     """
-    try:
-        image = record.image()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(
-            f"cannot read {record.path}: {error}; repair or remove it, or leave such images out "
-            "with --recipe.skip-bad"
-        ) from error
+    image = record.image()
     if image.shape[:2] != record.image_size:
         raise ValueError(
             f"{record.path} is {image.shape[1]}x{image.shape[0]}, instances.json says "

@@ -84,7 +84,7 @@ def unreadable(path: Path, error: Exception) -> ValueError:
     """The error of an image that cannot be decoded."""
     return ValueError(
         f"cannot read {path}: {error}; repair or remove it, or leave such images out with "
-        "--skip-bad where the stage has it"
+        "--skip-bad (of training.generate_proposals: --recipe.skip-bad)"
     )
 
 
