@@ -23,7 +23,7 @@ from benchmarks.proposal_recall import first_proposals, selective_search
 from training.data.coco import CocoFolder, load_coco_folder
 from training.data.results import read_detections, read_proposals, write_detections, write_proposals
 from training.detect import detect_folder
-from training.engine.stage import MANIFEST_NAME, Stage, git_commit, open_stage, read_manifest
+from training.engine.stage import MANIFEST_NAME, Stage, open_stage, read_manifest
 from training.evaluate import evaluate, summary
 from training.generate_pseudo_labels import (
     ANNOTATIONS_NAME,
@@ -256,9 +256,9 @@ def report(
     lines = [
         "# The method's claims on generated scenes",
         "",
-        f"`{command}`; collected at commit {git_commit()[:12]}. AP50 in percent: mean over the "
-        "seeds and its 95 % interval (Student's t). Differences are paired by seed; a difference "
-        "counts where its interval leaves out 0.",
+        f"`{command}`; trials at commit {', '.join(_commits(output))}. AP50 in percent: mean over "
+        "the seeds and its 95 % interval (Student's t). Differences are paired by seed; a "
+        "difference counts where its interval leaves out 0.",
     ]
     for title, rows in sections.items():
         done = [row for row in rows if row is not None]
@@ -275,6 +275,12 @@ def report(
     with atomic_path(results / "scene_claims.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     write_json(results / "scene_claims.json", {"command": command, "sections": sections})
+
+
+def _commits(output: Path) -> list[str]:
+    manifests = output.glob(f"*/*/{MANIFEST_NAME}")
+    found = {str(read_manifest(path.parent).get("commit", "unknown")) for path in manifests}
+    return sorted(commit[:12] + "+changes" * commit.endswith("+changes") for commit in found)
 
 
 def _row(output: Path, comparison: Comparison, key: str) -> dict[str, Any] | None:

@@ -183,7 +183,7 @@ def _load_data(
     negatives = None
     if config.negatives is not None:
         usable = usable_images(load_coco_folder(config.negatives, ()), skip_bad=config.skip_bad)
-        negatives, skipped = usable.folder, skipped | usable.skipped
+        negatives, skipped = usable.folder, {**skipped, **usable.skipped}
     num_images = len(folder.records) + (0 if negatives is None else len(negatives.records))
     if num_images < recipe.batch_size:
         raise ValueError(
@@ -201,7 +201,7 @@ def _load_data(
         usable = usable_images(
             load_coco_folder(config.val, folder.class_names), skip_bad=config.skip_bad
         )
-        skipped = skipped | usable.skipped
+        skipped = {**skipped, **usable.skipped}
         val = load_tagged_images(usable.folder, side)
     return train, val, skipped
 
