@@ -319,7 +319,9 @@ def test_the_config_says_which_of_the_three_masks_count(masks, sides):
     assert {int(w) for w in widths} <= {2 * side for side in sides}
     prompts, _, _ = _proposals_with(sources=("cross",))
     assert len(prompted.boxes) == len(masks) * len(prompts)
-    _, of_grid, _ = _proposals_with(sources=("grid",), grid_masks=masks)
+    _, of_grid, _ = _proposals_with(
+        sources=("grid",), grid_masks=masks, grid_iou_thresh=0.0, grid_stability_thresh=0.0
+    )
     assert len(of_grid.boxes) == len(masks) * 4
 
 
