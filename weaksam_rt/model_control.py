@@ -21,9 +21,8 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from weaksam_rt.backends.base import Arrays
 from weaksam_rt.client._calls import (
     Deadline,
-    channel_credentials,
-    channel_options,
     error_from_rpc,
+    open_channel,
 )
 from weaksam_rt.client.config import ClientConfig
 from weaksam_rt.client.messages import arrays_from_response, infer_request
@@ -48,12 +47,7 @@ class ModelControl:
         self.address = address
         self.config = config or ClientConfig()
         self._load_timeout_s = load_timeout_s
-        options, tls = channel_options(self.config), self.config.tls
-        self._channel = (
-            grpc.insecure_channel(address, options)
-            if tls is None
-            else grpc.secure_channel(address, channel_credentials(tls), options)
-        )
+        self._channel = open_channel(address, self.config)
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def __enter__(self) -> "ModelControl":

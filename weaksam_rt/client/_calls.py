@@ -70,6 +70,16 @@ def channel_credentials(tls: ClientTls) -> Any:
     return grpc.ssl_channel_credentials(root, key, chain)
 
 
+def open_channel(address: str, config: ClientConfig) -> Any:
+    """A blocking gRPC channel to ``host:port``, encrypted where ``config`` has TLS files; the
+    connection is made by the first call.
+    """
+    options = channel_options(config)
+    if config.tls is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, channel_credentials(config.tls), options)
+
+
 def with_deadline(request: Any, deadline: Deadline) -> Any:
     """``request`` with the server's own ``timeout`` (microseconds) set to what is left."""
     request.parameters["timeout"].int64_param = int(1e6 * deadline.remaining_s)

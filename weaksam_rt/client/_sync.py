@@ -16,10 +16,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from weaksam_rt.client._calls import (
     Deadline,
     backoffs,
-    channel_credentials,
-    channel_options,
     error_from_rpc,
     may_retry,
+    open_channel,
     with_deadline,
 )
 from weaksam_rt.client.config import ClientConfig
@@ -65,12 +64,7 @@ class WeakSamClient:
         self._address = address
         self._config = config or ClientConfig()
         self._generator = random.Random()
-        options, tls = channel_options(self._config), self._config.tls
-        self._channel = (
-            grpc.insecure_channel(address, options)
-            if tls is None
-            else grpc.secure_channel(address, channel_credentials(tls), options)
-        )
+        self._channel = open_channel(address, self._config)
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def __enter__(self) -> "WeakSamClient":
