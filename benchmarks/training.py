@@ -107,7 +107,7 @@ def measure(config: TrainingConfig, models: Path | None) -> BenchmarkResult:
     return recorder.result(metrics, notes=_notes(metrics))
 
 
-class _PyramidBackbone(nn.Module):
+class PyramidBackbone(nn.Module):
     """Our trunk and pyramid in the form that torchvision's detectors expect."""
 
     def __init__(self, model: FasterRcnn) -> None:
@@ -116,6 +116,7 @@ class _PyramidBackbone(nn.Module):
         self.out_channels = model.config.neck_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Levels by name, finest first; images are normalised already."""
         pyramid = self.trunk(images)
         levels = self.neck(pyramid.stride8, pyramid.stride16).levels
         return OrderedDict((str(i), level) for i, level in enumerate(levels))
@@ -125,7 +126,7 @@ def torchvision_on_our_trunk(model: FasterRcnn) -> FasterRCNN:
     """Torchvision's detector that shares trunk, pyramid and anchors with ``model``."""
     side = model.config.image_size
     return FasterRCNN(
-        _PyramidBackbone(model),
+        PyramidBackbone(model),
         num_classes=model.num_classes + 1,
         min_size=side,
         max_size=side,

@@ -11,7 +11,6 @@ import platform
 import shlex
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +28,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
+from benchmarks.training import PyramidBackbone
 from training.engine.stage import git_commit
 from training.retrain_detector import total_loss
 from training.retraining.faster_rcnn import FasterRcnn, FasterRcnnConfig, RpnHead
@@ -82,21 +82,6 @@ class _Variant:
     module: nn.Module
     loss: Callable[[_Batch], Tensor]
     optimizer: AdamW
-
-
-class _Pyramid(nn.Module):
-    """Our trunk and pyramid as a torchvision backbone."""
-
-    def __init__(self, model: FasterRcnn) -> None:
-        super().__init__()
-        self.model = model
-        self.out_channels = model.config.neck_channels
-
-    def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
-        """Levels by name; images are normalised already."""
-        pyramid = self.model.trunk(images)
-        levels = self.model.neck(pyramid.stride8, pyramid.stride16).levels
-        return OrderedDict(zip(_LEVELS, levels, strict=True))
 
 
 def main(config: TrainingStepConfig) -> None:
@@ -162,7 +147,7 @@ def _torchvision(config: TrainingStepConfig, *, with_masks: bool) -> _Variant:
             "mask_predictor": MaskRCNNPredictor(width, width, num_classes),
         }
         kind = MaskRCNN
-    model = kind(_Pyramid(ours), **settings).to(config.device).train()
+    model = kind(PyramidBackbone(ours), **settings).to(config.device).train()
 
     def _loss(batch: _Batch) -> Tensor:
         targets = [
