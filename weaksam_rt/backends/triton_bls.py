@@ -19,10 +19,24 @@ from weaksam_rt.wire_errors import error_from_text
 class BlsBackend:
     """An ``InferenceBackend`` over the server's own queue: no network, arrays in shared memory."""
 
-    def __init__(self, contracts: Mapping[str, ModelContract], versions: Mapping[str, int]) -> None:
-        """Call the models of these contracts, by name, each in one version."""
+    def __init__(
+        self,
+        contracts: Mapping[str, ModelContract],
+        versions: Mapping[str, int],
+        *,
+        is_blocking: bool = False,
+    ) -> None:
+        """Call the models of these contracts, by name, each in one version.
+
+        Args:
+            contracts: By model.
+            versions: By model; only these are called.
+            is_blocking: Wait for each answer in the calling thread. A call costs two changes of
+                thread less, 0.4 of 1.2 ms, and nothing else of the event loop runs meanwhile.
+        """
         self._contracts = {name: contracts[name] for name in versions}
         self._versions = dict(versions)
+        self._is_blocking = is_blocking
 
     async def infer(
         self, model: str, inputs: Arrays, outputs: Sequence[str] | None = None
@@ -41,7 +55,7 @@ class BlsBackend:
                 pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()
             ],
         )
-        response = await request.async_exec()
+        response = request.exec() if self._is_blocking else await request.async_exec()
         if response.has_error():
             message = response.error().message()
             raise error_from_text(message) or InferenceError(f"{model}: {message}")

@@ -24,7 +24,9 @@ class EngineModel:
         parameters = json.loads(args["model_config"])["parameters"]
         self._contract = artifact.contract
         self._model: ModelFunction = OnnxRuntimeModel(
-            artifact, num_threads=int(parameters[THREADS_PARAMETER]["string_value"])
+            artifact,
+            num_threads=int(parameters[THREADS_PARAMETER]["string_value"]),
+            rows_side_by_side=True,
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

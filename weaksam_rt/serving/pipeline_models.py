@@ -38,27 +38,46 @@ class _PipelineModel(ABC):
     """Triton's interface to one call of ``WeakSamPipeline``."""
 
     contract: ModelContract
+    calls_side_by_side: bool = False
+    """Whether one image has several calls of member models in flight."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Read what lies beside ``model.py`` and wake the image decoder."""
         folder = Path(args["model_repository"]) / args["model_version"]
         file = read_pipeline_file(folder / PIPELINE_NAME)
         self._models = file.models
-        backend = BlsBackend(member_contracts(self._models), file.members)
-        self._pipeline = WeakSamPipeline(backend, self._models, file.config)
+        contracts = member_contracts(self._models)
+        self._waiting, self._overlapping = (
+            WeakSamPipeline(
+                BlsBackend(contracts, file.members, is_blocking=is_blocking),
+                self._models,
+                file.config,
+            )
+            for is_blocking in (True, False)
+        )
+        self._loop = asyncio.new_event_loop()
         decode_image(_small_jpeg())
 
-    async def execute(self, requests: Sequence[Any]) -> list[Any]:
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request: with its outputs, or with its own error."""
-        return list(await asyncio.gather(*map(self._respond, requests)))
+        is_alone = len(requests) == 1 and not self.calls_side_by_side
+        pipeline = self._waiting if is_alone else self._overlapping
+        return self._loop.run_until_complete(self._respond_all(pipeline, requests))
 
-    async def _respond(self, request: Any) -> Any:
+    def finalize(self) -> None:
+        """Triton takes the model down."""
+        self._loop.close()
+
+    async def _respond_all(self, pipeline: WeakSamPipeline, requests: Sequence[Any]) -> list[Any]:
+        return list(await asyncio.gather(*(self._respond(pipeline, r) for r in requests)))
+
+    async def _respond(self, pipeline: WeakSamPipeline, request: Any) -> Any:
         try:
             if request.is_cancelled():  # nobody waits any more: leave the cores to the others
                 raise InferenceTimeoutError("the client gave up before the work began")
             arrays = _without_batch_axis(arrays_of(request, self.contract), self.contract)
             data = _encoded_image(arrays)
-            outputs = await self._answer(self._pipeline, self._models, data, arrays)
+            outputs = await self._answer(pipeline, self._models, data, arrays)
             wanted = request.requested_output_names() or outputs
             return response_of({name: outputs[name][None] for name in wanted})
         except Exception as error:
@@ -104,6 +123,7 @@ class ProposeModel(_PipelineModel):
     """``weaksam_propose``."""
 
     contract = WEAKSAM_PROPOSE
+    calls_side_by_side = True  # SAM's encoder and the classifier
 
     @staticmethod
     async def _answer(
