@@ -44,7 +44,9 @@ class ServingOptions:
     the engine is busy, which costs a lone client nothing.
     """
     engine_threads: int = 0
-    """Threads of one operator in an engine, at least 0; 0 takes all cores."""
+    """Threads of an engine on the CPU, at least 0; 0 takes all cores. With more than one, rows of a
+    batch run side by side and the weights are held twice; see ``OnnxRuntimeModel``.
+    """
     pipeline_instances: int = 2
     """Processes of each pipeline model, at least 2. Each decodes images on its own core. With a
     single one, Triton 2.51 lets a request of a lone client wait for half a second now and then: a
