@@ -7,11 +7,14 @@
   queues, two hops between processes. *Beside the session* is the served request minus the bare
   session alone, so it also holds decoding and suppression, which any service must do.
 - As many as it can do. The bare session's best throughput over ways to call it (batches, callers,
-  threads) is the ceiling on these cores; the served pipeline also decodes, on the same cores.
+  threads) is the ceiling on these cores; the served pipeline also decodes, on the same cores. The
+  CPU time of each process says what a request costs beside the engine, and so what share of the
+  ceiling can be reached.
 """
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -37,7 +40,15 @@ from benchmarks.results import (
     Waterfall,
     artifact_record,
 )
-from benchmarks.served import ModelStatistics, read_statistics, sender, serve, since
+from benchmarks.served import (
+    LOAD_GENERATOR,
+    ModelStatistics,
+    cpu_seconds,
+    read_statistics,
+    sender,
+    serve,
+    since,
+)
 from weaksam_rt.artifacts import ModelArtifact
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 from weaksam_rt.client.messages import Call, infer_request
@@ -46,6 +57,7 @@ from weaksam_rt.images import decode_image
 from weaksam_rt.model_config import ServingOptions
 from weaksam_rt.model_repository import ExportedModels, load_exported_models
 from weaksam_rt.preprocessing import resize_for_detector
+from weaksam_rt.server import EmbeddedServer
 
 SERVED, ENGINE_SERVED, HERE, SESSION = (
     "weaksam_detect over gRPC",
@@ -124,13 +136,13 @@ def measure(exported: ExportedModels, config: EnginesConfig) -> BenchmarkResult:
         engine_threads=config.threads, max_queue_delay_us=config.max_queue_delay_us
     )
     with serve(alone, options=options) as server:
-        one, many, statistics = asyncio.run(_run(server.grpc_address, alone, config))
-    metrics = _one_at_a_time_metrics(one) + _saturation_metrics(many)
+        one, many, statistics = asyncio.run(_run(server, alone, config))
+    metrics = _one_at_a_time_metrics(one) + _saturation_metrics(many.rates)
     return recorder.result(
         metrics,
         waterfalls=(_waterfall(metrics),),
-        tables=(_batch_table(statistics, config),),
-        notes=_notes(metrics, statistics),
+        tables=(_batch_table(statistics, config), _cpu_table(many, config)),
+        notes=_notes(metrics, statistics, many),
     )
 
 
@@ -138,9 +150,22 @@ Times = dict[str, list[list[float]]]
 """Samples by name and repeat."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Saturated:
+    """As many as it could do."""
+
+    rates: Times
+    """Images a second."""
+    cpu_ms: dict[str, float]
+    """CPU time of a request by part of the service."""
+    bare_cpu_ms: dict[str, float]
+    """CPU time of an image by way to call the bare session."""
+
+
 async def _run(
-    address: str, exported: ExportedModels, config: EnginesConfig
-) -> tuple[Times, Times, dict[str, ModelStatistics]]:
+    server: EmbeddedServer, exported: ExportedModels, config: EnginesConfig
+) -> tuple[Times, _Saturated, dict[str, ModelStatistics]]:
+    address = server.grpc_address
     (detector,) = exported.artifacts
     data = photograph()
     assert isinstance(detector.parameters, DetectorParameters)
@@ -152,7 +177,7 @@ async def _run(
         limits = Limits(seconds=20, requests=400)
         await warm_up(send, concurrency=2, limits=limits)
         one = await _one_at_a_time(send, send_pixels, exported, pixels, config)
-        many, statistics = await _saturation(send, address, detector, pixels, config)
+        many, statistics = await _saturation(send, server, detector, pixels, config)
         return one, many, statistics
 
 
@@ -194,27 +219,43 @@ async def _one_at_a_time(
 
 async def _saturation(
     send: Send,
-    address: str,
+    server: EmbeddedServer,
     detector: ModelArtifact,
     pixels: NDArray[np.uint8],
     config: EnginesConfig,
-) -> tuple[Times, dict[str, ModelStatistics]]:
+) -> tuple[_Saturated, dict[str, ModelStatistics]]:
     sessions = {
         threads: OnnxRuntimeModel(detector, num_threads=threads)
         for threads in {way.threads for way in _BARE_WAYS}
     }
     rates: Times = {SERVED: [], **{f"{SESSION}, {way}": [] for way in _BARE_WAYS}}
-    before = read_statistics(address)
+    cpu: dict[str, float] = defaultdict(float)
+    bare_cpu: dict[str, list[float]] = {name: [] for name in rates if name != SERVED}
+    num_served = 0
+    before = read_statistics(server.grpc_address)
     for _ in track(range(config.repeats), "saturation", transient=True):
         limits = Limits(seconds=config.seconds, requests=100_000)
+        spent = cpu_seconds(server.pid)
         load = await closed_loop(send, concurrency=config.concurrency, limits=limits)
+        for part, seconds in cpu_seconds(server.pid).items():
+            cpu[part] += seconds - spent[part]
+        num_served += len(load.latencies_ms)
         rates[SERVED].append([load.throughput])
         for way in _BARE_WAYS:
+            name = f"{SESSION}, {way}"
             inputs = {"image": np.repeat(pixels[None], way.batch, axis=0)}
             work = partial(sessions[way.threads], inputs)
-            calls = bare_rate(work, callers=way.callers, seconds=config.seconds)
-            rates[f"{SESSION}, {way}"].append([way.batch * calls])
-    return rates, since(before, read_statistics(address))
+            start, began = time.perf_counter(), time.process_time()
+            images = way.batch * bare_rate(work, callers=way.callers, seconds=config.seconds)
+            rates[name].append([images])
+            wall = time.perf_counter() - start
+            bare_cpu[name].append(1e3 * (time.process_time() - began) / (images * wall))
+    saturated = _Saturated(
+        rates=rates,
+        cpu_ms={part: 1e3 * seconds / num_served for part, seconds in cpu.items()},
+        bare_cpu_ms={name: float(np.median(times)) for name, times in bare_cpu.items()},
+    )
+    return saturated, since(before, read_statistics(server.grpc_address))
 
 
 def bare_rate(work: Callable[[], object], *, callers: int, seconds: float) -> float:
@@ -300,13 +341,33 @@ def _batch_table(statistics: dict[str, ModelStatistics], config: EnginesConfig) 
     )
 
 
-def _notes(metrics: Sequence[Metric], statistics: dict[str, ModelStatistics]) -> list[str]:
+def _cpu_table(saturated: _Saturated, config: EnginesConfig) -> Table:
+    whole = sum(saturated.cpu_ms.values())
+    parts = sorted(saturated.cpu_ms.items(), key=lambda item: -item[1])
+    rows = [(name, f"{ms:.2f}", f"{ms / whole:.0%}") for name, ms in parts]
+    rows += [(name, f"{ms:.2f}", "") for name, ms in saturated.bare_cpu_ms.items()]
+    return Table(
+        title=f"CPU time of an image at {config.concurrency} requests in flight",
+        header=("part", "ms", "share of what is served"),
+        rows=tuple(rows),
+    )
+
+
+def _notes(
+    metrics: Sequence[Metric], statistics: dict[str, ModelStatistics], saturated: _Saturated
+) -> list[str]:
     medians = {m.name: float(np.median(m.samples)) for m in metrics}
     share = next(m for m in metrics if m.unit == "share")
+    cpu = saturated.cpu_ms
+    outside = sum(cpu.values()) - cpu[DETECTOR]
+    ceiling = cpu[DETECTOR] / sum(cpu.values())
     return [
         f"Overhead of serving: {medians[OVERHEAD]:.2f} ms; beside the session: "
         f"{medians[BESIDE]:.2f} ms.",
         f"Saturated: {np.median(share.samples):.2f}, {share.name}; it also "
         "decodes and answers, and the load generator runs on the same cores.",
+        f"An image takes {cpu[DETECTOR]:.1f} ms of CPU in the engine's process and {outside:.1f} "
+        f"ms outside it, {cpu[LOAD_GENERATOR]:.1f} of them in the load generator: with every core "
+        f"busy, at most {ceiling:.2f} of what the engine's process does alone can be served.",
         f"Mean batch of the engine at saturation: {statistics[DETECTOR].mean_batch:.2f}.",
     ]

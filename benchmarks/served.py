@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from benchmarks.load import Send
@@ -17,6 +18,7 @@ from weaksam_rt.model_config import ServingOptions
 from weaksam_rt.model_repository import ExportedModels, build_model_repository
 from weaksam_rt.server import EmbeddedServer, ServerOptions
 
+LOAD_GENERATOR, TRITON = "load generator", "Triton, gRPC"
 _TIMEOUT_S = 60.0
 _CHANNEL = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 _PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
@@ -87,6 +89,30 @@ async def sender(address: str, calls: Sequence[Call[Any]]) -> AsyncIterator[Send
             return call.parse(response)
 
         yield send
+
+
+def cpu_seconds(server_pid: int) -> dict[str, float]:
+    """CPU time so far of each part of a served load: every model, Triton itself, this process.
+
+    A model's instances count together.
+    """
+    seconds: dict[str, float] = {}
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        part = _part(process, server_pid)
+        if part is not None:
+            used = process.cpu_times()
+            seconds[part] = seconds.get(part, 0.0) + used.user + used.system
+    return seconds
+
+
+def _part(process: psutil.Process, server_pid: int) -> str | None:
+    if process.pid == psutil.Process().pid:
+        return LOAD_GENERATOR
+    if process.pid == server_pid:
+        return TRITON
+    command = process.cmdline()
+    is_stub = len(command) > 1 and command[0].endswith("triton_python_backend_stub")
+    return Path(command[1]).parents[1].name if is_stub else None
 
 
 def wire_bytes(address: str, call: Call[Any]) -> WireBytes:

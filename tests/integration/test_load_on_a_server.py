@@ -18,7 +18,15 @@ from benchmarks.perf_analyzer import (
     run_perf_analyzer,
 )
 from benchmarks.pictures import photograph
-from benchmarks.served import read_statistics, sender, serve, since, wire_bytes
+from benchmarks.served import (
+    LOAD_GENERATOR,
+    TRITON,
+    read_statistics,
+    sender,
+    serve,
+    since,
+    wire_bytes,
+)
 from benchmarks.serving import ServingConfig, measure
 from benchmarks.soak import SoakConfig, memory_grew, soak
 from tests.integration.pictures import JPEG
@@ -155,6 +163,10 @@ def test_a_bare_session_stands_beside_the_served_one(exported):
     session, served = result.metric("bare session"), result.metric("weaksam_detect over gRPC")
     assert np.median(session.samples) < np.median(served.samples)
     assert sum(metric.name.startswith("saturated: bare") for metric in result.metrics) == 4
+    (cpu,) = (table for table in result.tables if table.title.startswith("CPU time"))
+    spent = {part: float(ms) for part, ms, _ in cpu.rows}
+    assert {DETECTOR, "weaksam_detect", LOAD_GENERATOR, TRITON} < set(spent)
+    assert all(ms > 0 for ms in spent.values())
 
 
 @pytest.mark.slow
