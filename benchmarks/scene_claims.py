@@ -55,6 +55,14 @@ _LABEL_METHODS: Mapping[str, PseudoLabelRecipe] = {
     "adaptive_0.5": PseudoLabelRecipe(adaptive=AdaptiveConfig(score_thresh=0.5)),
 }
 _NOISE_SHARES = (0.0, 0.1, 0.2, 0.4)
+_NEVER = 1e9
+"""A loss that none reaches."""
+_DROP_METHODS: Mapping[str, RoiDropConfig] = {
+    "no_drop": RoiDropConfig(enabled=False),
+    "drop": RoiDropConfig(),
+    "drop_class": RoiDropConfig(regression_thresh=_NEVER),
+    "drop_class_2": RoiDropConfig(classification_thresh=2.0, regression_thresh=_NEVER),
+}
 _COLUMNS = ("label", "num_seeds", "score", "difference", "verdict")
 _FRAME_SIDE = 192
 """Side of the small detector's input: a third of the work of the 320 pixels elsewhere."""
@@ -142,19 +150,30 @@ def labels(experiment: Experiment) -> None:
             _finish(stage, {**metrics, **kept})
 
 
-def noise(experiment: Experiment) -> None:
-    """Train a detector with and without RoI drop on true boxes of which a known share is wrong."""
+def noise(
+    experiment: Experiment,
+    *,
+    methods: tuple[str, ...] = ("no_drop", "drop"),
+    shares: tuple[float, ...] = _NOISE_SHARES,
+) -> None:
+    """Train a detector with and without RoI drop on true boxes of which a known share is wrong.
+
+    Args:
+        experiment: What all trials share.
+        methods: Of no_drop, drop, drop_class (no box loss is dropped), drop_class_2 (at 2, not 4).
+        shares: Of the boxes, in [0, 1].
+    """
     truth = _first(load_coco_folder(experiment.data / "train"), experiment)
+    trials = [(share, method) for share in shares for method in methods]
     for seed in range(experiment.num_seeds):
-        for share in _NOISE_SHARES:
-            for drops in (True, False):
-                recipe = small_detector(seed, roi_drop=RoiDropConfig(enabled=drops))
-                name = f"{'drop' if drops else 'no_drop'}_{share:.1f}"
-                stage = _open(experiment, "noise", name, seed, {"detector": recipe, "share": share})
-                if stage.finished:
-                    continue
-                spoilt = with_label_noise(truth, share, seed)
-                _finish(stage, _train_and_evaluate(experiment, stage, spoilt, recipe, truth=truth))
+        for share, method in trials:
+            recipe = small_detector(seed, roi_drop=_DROP_METHODS[method])
+            config = {"detector": recipe, "share": share}
+            stage = _open(experiment, "noise", f"{method}_{share:.1f}", seed, config)
+            if stage.finished:
+                continue
+            spoilt = with_label_noise(truth, share, seed)
+            _finish(stage, _train_and_evaluate(experiment, stage, spoilt, recipe, truth=truth))
 
 
 def small_detector(seed: int, *, roi_drop: RoiDropConfig | None = None) -> DetectorRecipe:
@@ -360,13 +379,18 @@ _COMPARISONS: Mapping[str, Sequence[Comparison]] = {
     ],
     "RoI drop on true boxes made wrong, held-out images": [
         Comparison(
-            label=f"{'RoI drop' if drops else 'none'}, {share:.0%} of the boxes wrong",
+            label=f"{label}, {share:.0%} of the boxes wrong",
             kind="noise",
-            variant=f"{'drop' if drops else 'no_drop'}_{share:.1f}",
-            reference=f"no_drop_{share:.1f}" if drops else None,
+            variant=f"{method}_{share:.1f}",
+            reference=None if method == "no_drop" else f"no_drop_{share:.1f}",
         )
         for share in _NOISE_SHARES
-        for drops in (False, True)
+        for method, label in (
+            ("no_drop", "none"),
+            ("drop", "RoI drop"),
+            ("drop_class", "RoI drop, class losses alone"),
+            ("drop_class_2", "RoI drop, class losses alone, above 2"),
+        )
     ],
 }
 
