@@ -400,8 +400,8 @@ def _parity_line(row: Mapping[str, Any]) -> str:
     )
     found = row["agreement"]
     if found is None:
-        cells = (row["model"], row["engine"], row["precision"], "does not open", "", "")
-        return f"| {' | '.join(cells)} | {row['error']} | |"
+        names = (row["model"], row["engine"], row["precision"])
+        return f"| {' | '.join(names)} | does not open | | | {row['error']} | |"
     cells = (
         row["model"],
         row["engine"],

@@ -28,12 +28,11 @@ from training.data.coco import load_coco_folder
 from weaksam_rt.artifacts import ModelArtifact, upgrade_manifest
 from weaksam_rt.client import ClientConfig, ClientTls
 from weaksam_rt.contracts import DETECTOR
+from weaksam_rt.engine_serving import PROFILES, Profile
 from weaksam_rt.errors import ArtifactError, WeakSamError
 from weaksam_rt.files import write_json
 from weaksam_rt.model_control import ModelControl
 from weaksam_rt.model_repository import (
-    PROFILES,
-    Profile,
     build_model_repository,
     load_exported_models,
     write_repository_snapshot,

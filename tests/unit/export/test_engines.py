@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from export.__main__ import engines
 from export.engines.aot_inductor import AotInductorModel
 from export.engines.base import EngineBuildError, EngineConfig
-from export.engines.build import BUILDERS, build_engine, builder_for, triton_platform
+from export.engines.build import BUILDERS, build_engine, builder_for
 from export.engines.profiles import Profile, ShapeRange, default_profiles
 from export.exportable import example_inputs
 from export.mixed_precision import KeepFp32
@@ -29,6 +29,7 @@ from weaksam_rt.contracts import (
     detector_contract,
     engine_contract,
 )
+from weaksam_rt.engine_serving import engine_serving
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError
 
 _ADA = EngineConfig(compute_capabilities=("8.9",))
@@ -71,12 +72,11 @@ def test_an_rtx_plan_is_never_a_triton_tensorrt_plan(toy, tmp_path):
     config = dataclasses.replace(_ADA, profiles=_WIDE)
     artifact = build_engine(toy, tmp_path, engine="tensorrt-rtx", config=config)
     assert artifact.path.suffix != ".plan"
-    with pytest.raises(ArtifactError, match="no Triton platform reads it"):
-        triton_platform(artifact)
+    with pytest.raises(ArtifactError, match="which no backend of the image reads"):
+        engine_serving(artifact, "container")
+    assert engine_serving(artifact, "embedded").opens_in_python
     with pytest.raises(ArtifactError, match="tensorrt-rtx, not for onnxruntime"):
         OnnxRuntimeModel(artifact)
-    assert triton_platform(toy) == "onnxruntime_onnx"
-    assert triton_platform(dataclasses.replace(toy, engine="tensorrt")) == "tensorrt_plan"
 
 
 def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_knows(toy, tmp_path):
