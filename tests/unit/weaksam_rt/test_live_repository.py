@@ -26,7 +26,7 @@ from weaksam_rt.live_repository import (
     version_folders,
     versions_in_config,
     write_config,
-    write_engine_version,
+    write_engine_versions,
     write_pipeline_versions,
 )
 from weaksam_rt.model_config import with_parameter, with_versions
@@ -55,10 +55,10 @@ def detector(folder, content=b"another engine", **changes):
 
 def release(repository, artifact):
     """The disk's side of a release."""
-    plan = plan_version(repository, artifact)
-    write_engine_version(repository, plan)
+    plan = plan_version(repository, [artifact])
+    write_engine_versions(repository, plan)
     write_pipeline_versions(repository, plan)
-    both = (plan.live_engine_version, plan.version)
+    both = (plan.engines[DETECTOR].live_version, plan.version)
     write_config(repository, DETECTOR, engine_config(repository, DETECTOR, both, plan.version))
     assert check_model_repository(repository) == []  # the old version is still the live one
     write_config(repository, DETECT, pipeline_config(repository, DETECT, plan.version))
@@ -70,9 +70,13 @@ def release(repository, artifact):
 
 def test_a_new_version_is_written_beside_the_live_one_and_changes_nothing(repository, tmp_path):
     before = {p: p.read_bytes() for p in repository.rglob("*") if p.is_file()}
-    plan = plan_version(repository, detector(tmp_path / "new"))
-    assert (plan.version, plan.live_engine_version, plan.pipelines) == (2, 1, {DETECT: 1})
-    write_engine_version(repository, plan)
+    plan = plan_version(repository, [detector(tmp_path / "new")])
+    assert (plan.version, plan.engines[DETECTOR].live_version, plan.pipelines) == (
+        2,
+        1,
+        {DETECT: 1},
+    )
+    write_engine_versions(repository, plan)
     write_pipeline_versions(repository, plan)
     assert check_model_repository(repository) == []
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -108,14 +112,14 @@ def test_labels_follow_the_class_names_and_the_config_stays_where_they_do_not_ch
 
 def test_an_engine_of_other_shapes_is_refused(repository, tmp_path):
     with pytest.raises(ArtifactError, match=r"num_candidates=9.*serve it beside this one"):
-        plan_version(repository, detector(tmp_path / "new", num_candidates=9))
+        plan_version(repository, [detector(tmp_path / "new", num_candidates=9)])
     assert version_folders(repository, DETECTOR) == [1]
 
 
 def test_a_damaged_live_engine_is_noticed_before_anything_is_built_on_it(repository, tmp_path):
     (repository / DETECTOR / "1" / "model.onnx").write_bytes(b"x")
     with pytest.raises(ArtifactError, match="truncated"):
-        plan_version(repository, detector(tmp_path / "new"))
+        plan_version(repository, [detector(tmp_path / "new")])
 
 
 def test_version_numbers_are_never_used_again(repository, tmp_path):
@@ -129,13 +133,13 @@ def test_version_numbers_are_never_used_again(repository, tmp_path):
 def test_old_versions_go_and_what_kept_ones_call_stays(repository, tmp_path):
     for name in "abc":
         release(repository, detector(tmp_path / name, name.encode()))
-    assert prune(repository, DETECTOR, 2) == [1, 2]
+    assert prune(repository, [DETECTOR], 2) == [1, 2]
     assert version_folders(repository, DETECT) == [3, 4]
     assert version_folders(repository, DETECTOR) == [3, 4]
     assert version_folders(repository, VIT_CLASSIFIER) == [1]
     assert check_model_repository(repository) == []
     with pytest.raises(ValueError, match="keep is 1"):
-        prune(repository, DETECTOR, 1)
+        prune(repository, [DETECTOR], 1)
 
 
 def test_a_live_version_cannot_be_removed(repository):
@@ -162,7 +166,7 @@ def test_half_written_folders_are_swept_and_others_are_not(repository):
 def test_what_has_no_engine_cannot_be_released(repository, tmp_path):
     artifact = replace(detector(tmp_path / "new"), model=PROMPT_CLUSTERING)
     with pytest.raises(ArtifactError, match="has no engine to release"):
-        plan_version(repository, artifact)
+        plan_version(repository, [artifact])
     with pytest.raises(ArtifactError, match="is no model repository"):
         live_versions(tmp_path, DETECTOR)
 
