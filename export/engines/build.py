@@ -73,7 +73,7 @@ def build_engine(
         model=source.model,
         engine=builder.engine,
         parameters=source.parameters,
-        provenance=_passport(source, builder.engine, built),
+        provenance=_passport(source, builder.engine, built, refittable=config.refittable),
     )
 
 
@@ -89,7 +89,9 @@ def exported_onnx(models: Path) -> list[ModelArtifact]:
     return [load_artifact(folder) for folder in folders]
 
 
-def _passport(source: ModelArtifact, engine: str, built: BuiltEngine) -> Passport:
+def _passport(
+    source: ModelArtifact, engine: str, built: BuiltEngine, *, refittable: bool
+) -> Passport:
     """The model's passport, and what the builder added to it."""
     origin = source.passport
     of_model = {key: getattr(origin, key) for key in ("exporter", "parity", "tolerance", "commit")}
@@ -100,6 +102,6 @@ def _passport(source: ModelArtifact, engine: str, built: BuiltEngine) -> Passpor
         precision=built.precision,
         compute_capabilities=built.compute_capabilities,
         profiles=tuple(asdict(profile) for profile in built.profiles),
-        exporter={"name": engine, "seconds": built.build_s},
+        exporter={"name": engine, "seconds": built.build_s, "refittable": refittable},
         notes={"onnx": {"sha256": source.sha256, **of_model}},
     )

@@ -13,7 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 import torch
+from onnx import TensorProto
 
 from export.engines.base import (
     BuiltEngine,
@@ -25,12 +27,14 @@ from export.engines.base import (
 from export.engines.profiles import Profile, default_profiles
 from export.onnx_files import save_onnx
 from export.portable_graph import portable_model
+from export.refit import tensorrt_refit_refusal
 from weaksam_rt.backends.tensorrt import TensorRtFamily, collecting_logger, load_tensorrt
 from weaksam_rt.errors import BackendUnavailableError
 from weaksam_rt.files import atomic_path
 
 _FP32_ONLY = {"bf16": frozenset({"ConvTranspose"})}
 """Operators that TensorRT-RTX 1.7 does not build in a precision."""
+_REFITTABLE_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +56,9 @@ class TensorRtBuilder:
     def check(self, config: EngineConfig) -> None:
         """See ``EngineBuilder``."""
         trt = load_tensorrt(self.family, needs="Builder")
+        refusal = tensorrt_refit_refusal(trt.__version__) if config.refittable else None
+        if refusal is not None:
+            raise BackendUnavailableError(refusal)
         if self.family.builds_ahead_of_time:
             _check_targets(trt, self.family, config)
         else:
@@ -78,6 +85,8 @@ class TensorRtBuilder:
             complaints += [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise self._refusal(source, "read the graph of", complaints)
         settings = self._settings(trt, builder, config, profiles)
+        if config.refittable:
+            self._allow_refits(trt, network, settings, graph)
         plan = builder.build_serialized_network(network, settings)
         if plan is None:
             raise self._refusal(source, "build", complaints)
@@ -91,6 +100,16 @@ class TensorRtBuilder:
             versions={self.engine: trt.__version__},
             build_s=round(time.perf_counter() - start, 2),
         )
+
+    def _allow_refits(self, trt: Any, network: Any, settings: Any, graph: onnx.ModelProto) -> None:
+        """For every weight; ahead of time TensorRT-RTX 1.7 takes them marked one by one only."""
+        if not self.family.builds_ahead_of_time:
+            settings.set_flag(trt.BuilderFlag.REFIT)
+            return
+        settings.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+        for tensor in graph.graph.initializer:
+            if tensor.data_type in _REFITTABLE_TYPES:
+                network.mark_weights_refittable(tensor.name)
 
     def _refusal(
         self, source: EngineSource, what: str, complaints: Sequence[str]
