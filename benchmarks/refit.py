@@ -6,8 +6,8 @@ second one of the same topology (its weights, disturbed), and measures
 - ONNX Runtime: seconds to write the second checkpoint's weights into the first one's graph, and to
   export it anew, both with the comparison with PyTorch that ends them; then the two engines called
   in turns: their ratio is the refitted engine's slowdown.
-- TensorRT-RTX (ahead of time, without a GPU): size and build time with and without refitting
-  allowed. Where there is a GPU, both are also called in turns.
+- TensorRT-RTX: size and build time with and without refitting allowed, and both called in turns.
+  This library builds refittable engines only where a GPU is: without one, that is what is said.
 
 Ratios are of one run, repeat by repeat, with Student's interval over the repeats.
 """
@@ -75,9 +75,10 @@ class RtxRow:
     """One model under TensorRT-RTX, refitting not allowed and allowed."""
 
     model: str
-    size_bytes: tuple[int, int] | None
-    build_s: tuple[tuple[float, ...], tuple[float, ...]] | None
-    """Of every build."""
+    size_bytes: tuple[int, ...]
+    """Of the plain engine and, if it was built, the refittable one."""
+    build_s: tuple[tuple[float, ...], ...]
+    """Of every build, likewise."""
     slowdown: Estimate | None
     """Seconds of the refittable engine by those of the other; None: not measured."""
     remark: str
@@ -102,7 +103,7 @@ def main(
         sam: Weights of training.train_sam, or an official checkpoint.
         repeats: Of each ratio, at least 2.
         calls: Of each engine in a repeat.
-        builds: Of each TensorRT-RTX engine, in turns, at least 1.
+        builds: Of each TensorRT-RTX engine, at least 1.
         output: Report without its endings.
     """
     chosen = chosen_exportables(detector, classifier, sam)
@@ -219,12 +220,12 @@ def _rtx_row(
     try:
         capabilities, remark = (this_gpu(),), ""
     except BackendUnavailableError as error:
-        capabilities, remark = _AHEAD_OF_TIME, f"not run: {error}"
+        capabilities, remark = _AHEAD_OF_TIME, str(error)
     seconds: dict[bool, list[float]] = {False: [], True: []}  # by refittable
     engines: dict[bool, ModelArtifact] = {}
     try:
-        for number in range(builds):
-            for refittable in (False, True):
+        for refittable in (False, True):
+            for number in range(builds):
                 config = EngineConfig(
                     compute_capabilities=capabilities,
                     profiles=default_profiles(source.contract)[-1:],
@@ -236,20 +237,18 @@ def _rtx_row(
                 seconds[refittable].append(built.passport.exporter["seconds"])
                 engines[refittable] = built
     except (EngineBuildError, BackendUnavailableError, ValueError) as error:
-        return RtxRow(
-            model=source.model, size_bytes=None, build_s=None, slowdown=None, remark=str(error)
-        )
+        remark = str(error)
     slowdown = None
     if not remark:
         try:
             opened = [open_engine(engines[refittable]) for refittable in (False, True)]
             slowdown = _ratio(opened, _one_image(exportable), repeats, calls)
         except (ArtifactError, BackendUnavailableError) as error:
-            remark = f"not run: {error}"
+            remark = str(error)
     return RtxRow(
         model=source.model,
-        size_bytes=(engines[False].path.stat().st_size, engines[True].path.stat().st_size),
-        build_s=(tuple(seconds[False]), tuple(seconds[True])),
+        size_bytes=tuple(engines[kind].path.stat().st_size for kind in sorted(engines)),
+        build_s=tuple(tuple(seconds[kind]) for kind in sorted(engines)),
         slowdown=slowdown,
         remark=remark,
     )
@@ -277,12 +276,15 @@ def _report(rows: Sequence[RefitRow], rtx: Sequence[RtxRow], facts: dict[str, ob
         "",
         "## TensorRT-RTX",
         "",
-        "Every weight marked refittable (ahead of time this library takes them one by one only).",
-        "",
         "| model | MB | MB refittable | build s | build s refittable | refittable by plain "
         "engine's seconds |",
         "|---|---|---|---|---|---|",
         *(_rtx_line(row) for row in rtx),
+        "",
+        *(
+            f"- not run: {remark}"
+            for remark in dict.fromkeys(row.remark for row in rtx if row.remark)
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -297,13 +299,13 @@ def _onnx_line(row: RefitRow) -> str:
 
 
 def _rtx_line(row: RtxRow) -> str:
-    if row.size_bytes is None or row.build_s is None:
-        return f"| {row.model} | {row.remark} | | | | |"
+    sizes = [f"{size / 1e6:.2f}" for size in row.size_bytes]
+    seconds = [f"{np.median(times):.1f}" for times in row.build_s]
     cells = (
         row.model,
-        *(f"{size / 1e6:.2f}" for size in row.size_bytes),
-        *(f"{np.median(seconds):.1f}" for seconds in row.build_s),
-        row.remark if row.slowdown is None else _shown(row.slowdown),
+        *[*sizes, "", ""][:2],
+        *[*seconds, "", ""][:2],
+        "not run" if row.slowdown is None else _shown(row.slowdown),
     )
     return f"| {' | '.join(cells)} |"
 

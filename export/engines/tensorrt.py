@@ -13,9 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import onnx
 import torch
-from onnx import TensorProto
 
 from export.engines.base import (
     BuiltEngine,
@@ -34,7 +32,6 @@ from weaksam_rt.files import atomic_path
 
 _FP32_ONLY = {"bf16": frozenset({"ConvTranspose"})}
 """Operators that TensorRT-RTX 1.7 does not build in a precision."""
-_REFITTABLE_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,9 +82,13 @@ class TensorRtBuilder:
             complaints += [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise self._refusal(source, "read the graph of", complaints)
         settings = self._settings(trt, builder, config, profiles)
-        if config.refittable:
-            self._allow_refits(trt, network, settings, graph)
         plan = builder.build_serialized_network(network, settings)
+        if plan is None and config.refittable and not torch.cuda.is_available():
+            # TensorRT-RTX 1.7, tried: not with REFIT, nor with REFIT_INDIVIDUAL and one weight.
+            raise BackendUnavailableError(
+                f"{self.engine} {trt.__version__} builds no refittable engine without a GPU "
+                f"({_last(complaints)}); build it where one is, or not refittable"
+            )
         if plan is None:
             raise self._refusal(source, "build", complaints)
         _keep_timing_cache(settings, config)
@@ -101,29 +102,20 @@ class TensorRtBuilder:
             build_s=round(time.perf_counter() - start, 2),
         )
 
-    def _allow_refits(self, trt: Any, network: Any, settings: Any, graph: onnx.ModelProto) -> None:
-        """For every weight; ahead of time TensorRT-RTX 1.7 takes them marked one by one only."""
-        if not self.family.builds_ahead_of_time:
-            settings.set_flag(trt.BuilderFlag.REFIT)
-            return
-        settings.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
-        for tensor in graph.graph.initializer:
-            if tensor.data_type in _REFITTABLE_TYPES:
-                network.mark_weights_refittable(tensor.name)
-
     def _refusal(
         self, source: EngineSource, what: str, complaints: Sequence[str]
     ) -> EngineBuildError:
-        reason = " ".join((complaints[-1] if complaints else "no reason given").split())
         return EngineBuildError(
-            f"{self.engine} cannot {what} {source.contract.name}: {reason[:500]}; export it with "
-            "operators that the engine has, or serve it with onnxruntime"
+            f"{self.engine} cannot {what} {source.contract.name}: {_last(complaints)}; export it "
+            "with operators that the engine has, or serve it with onnxruntime"
         )
 
     def _settings(
         self, trt: Any, builder: Any, config: EngineConfig, profiles: tuple[Profile, ...]
     ) -> Any:
         settings = builder.create_builder_config()
+        if config.refittable:
+            settings.set_flag(trt.BuilderFlag.REFIT)
         if config.workspace_bytes is not None:
             settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_bytes)
         if self.family.builds_ahead_of_time:
@@ -139,6 +131,10 @@ class TensorRtBuilder:
                 added.set_shape(name, shapes.smallest, shapes.usual, shapes.largest)
             settings.add_optimization_profile(added)
         return settings
+
+
+def _last(complaints: Sequence[str]) -> str:
+    return " ".join((complaints[-1] if complaints else "no reason given").split())[:500]
 
 
 def this_gpu() -> str:

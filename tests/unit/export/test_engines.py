@@ -89,6 +89,22 @@ def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_knows(toy, tmp_pa
         EngineConfig(compute_capabilities=("sm89",))
 
 
+@no_gpu
+def test_what_rtx_cannot_refit_without_a_gpu_it_says(toy, tmp_path):
+    config = dataclasses.replace(_ADA, refittable=True, profiles=_WIDE)
+    with pytest.raises(BackendUnavailableError) as refusal:
+        build_engine(toy, tmp_path, engine="tensorrt-rtx", config=config)
+    assert "builds no refittable engine without a GPU (" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_aot_inductor_package_cannot_be_refitted(toy, tmp_path):
+    config = EngineConfig(refittable=True)
+    with pytest.raises(ValueError, match="its packages are not refittable"):
+        build_engine(toy, tmp_path, engine="aot-inductor", config=config, module=ToyDetector())
+
+
 def test_rtx_has_no_timing_cache(toy, tmp_path):
     config = dataclasses.replace(_ADA, timing_cache=tmp_path / "cache")
     with pytest.raises(ValueError, match="no timing cache"):
