@@ -2,7 +2,7 @@
 an ONNX file, memory is where the driver's stand-in has it, and ONNX Runtime computes.
 
 What it shows: that the calls come in the right order with the right arguments, and that every
-address, size and profile is right. It is told in ``TensorRtModel``'s tests what real engines do.
+address, size and profile is right. What it cannot show, the tests marked ``gpu`` do.
 """
 
 import ctypes
