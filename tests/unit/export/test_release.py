@@ -212,8 +212,7 @@ def test_every_metric_counts_and_no_number_is_a_loss():
     assert len(losses(dict.fromkeys(live, float("nan")), live, 1.0)) == 2
 
 
-def test_metrics_of_classifier_and_sam_are_those_of_their_tasks(all_tiny, folder):
-    """The classifier ranks by colour, SAM's masks are the rectangles."""
+def test_a_classifier_is_measured_by_its_tags(all_tiny, folder):
     judges = {judge.models: judge for judge in JUDGES}
     tags = judges[VIT_CLASSIFIER,].measure(all_tiny, folder, PipelineConfig())
     assert tags == {"tag_ap": pytest.approx(1.0)}
