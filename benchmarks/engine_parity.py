@@ -2,12 +2,12 @@
 
 Run ``python -m benchmarks.engine_parity assets/demo_models --data FOLDER``, a COCO-format folder
 with boxes and masks. What runs on this machine is compared with the float32 ONNX model on the
-folder's images: largest error, boxes or masks against float32's, and the task metric. TensorRT-RTX
-engines are built for each compute capability alone and, in bf16, for all together; they need a GPU
-to run.
+folder's images: largest error, boxes, prompts or masks against float32's, and the task metric.
+TensorRT-RTX engines are built for each compute capability alone; they need a GPU to run.
 """
 
 import json
+import os
 import platform
 import tempfile
 import time
@@ -21,9 +21,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import tyro
+from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
-from export.agreement import Agreement, agreement, worst
+from export.agreement import Agreement, agreement, prompt_agreement, worst
 from export.doctor_command import finite_json
 from export.engines.base import EngineBuildError, EngineConfig, EnginePrecision
 from export.engines.build import build_engine, exported_onnx
@@ -35,10 +37,12 @@ from export.precision_doctor import Diagnosis, diagnose
 from export.quantization import quantized
 from export.task_metrics import image_inputs, spread, task_metric
 from training.data.coco import CocoFolder, load_coco_folder
+from training.engine.progress import stage_progress
 from training.engine.stage import git_commit
 from weaksam_rt.artifacts import ModelArtifact
 from weaksam_rt.backends.base import Arrays
-from weaksam_rt.contracts import DETECTOR, SAM_MASK_DECODER
+from weaksam_rt.backends.local import ModelFunction
+from weaksam_rt.contracts import DETECTOR, SAM_MASK_DECODER, VIT_CLASSIFIER
 from weaksam_rt.errors import BackendUnavailableError
 from weaksam_rt.files import atomic_path, write_json
 
@@ -55,16 +59,18 @@ class ParityRow:
     model: str
     engine: str
     precision: str
-    agreement: Agreement
-    """With float32."""
+    agreement: Agreement | None
+    """With float32; None: it does not open."""
     overlap: float | None
-    """Mean IoU with float32's boxes (detector) or masks (decoder)."""
+    """With float32's boxes (detector), prompts (classifier) or masks (decoder), in [0, 1]."""
     metric: Mapping[str, float]
     """Task metric; empty where the model has none."""
     change: Mapping[str, float]
     """Of the task metric against float32."""
     images: int
     """On which the task metric was measured."""
+    error: str | None = None
+    """Why ONNX Runtime does not open it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +91,7 @@ def main(
     *,
     data: Path,
     calibration: Path | None = None,
-    max_images: int = 40,
+    max_images: int = 50,
     calibration_images: int = 32,
     parity_images: int = 4,
     only: tuple[str, ...] = (),
@@ -116,7 +122,7 @@ def main(
         Console().print(f"{artifact.model} ...", markup=False)
         prepared = _prepare(artifact, folder, calibration_folder, parity_images)
         command = (
-            f"python -m benchmarks.engine_parity {models} --data {data.parent.name}/{data.name} "
+            f"python -m benchmarks.engine_parity {models} --data {_shown(data)} "
             f"--only {artifact.model} --max-images {max_images} --parity-images {parity_images} "
             f"--calibration-images {calibration_images}"
             f"{'' if parity else ' --no-parity'}{'' if build else ' --no-build'}"
@@ -133,11 +139,20 @@ def main(
             ],
         }
         if parity:
-            found["parity"] = [asdict(row) for row in _parity_rows(prepared, folder)]
+            with stage_progress() as progress:
+                found["parity"] = [asdict(row) for row in _parity_rows(prepared, folder, progress)]
         if build:
             found["builds"] = [asdict(row) for row in _builds(prepared)]
         _write(output, artifact.model, finite_json(found))
     Console().print(output.with_suffix(".md").read_text(), markup=False, soft_wrap=True)
+
+
+def _shown(data: Path) -> str:
+    """The folder as a command on another machine names it."""
+    root = os.environ.get("WEAKSAM_DATA")
+    if root is not None and data.resolve().is_relative_to(Path(root).resolve()):
+        return f"$WEAKSAM_DATA/{data.resolve().relative_to(Path(root).resolve())}"
+    return f"{data.parent.name}/{data.name}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,16 +211,32 @@ def _write(output: Path, model: str, found: Mapping[str, Any]) -> None:
         temporary.write_text(_report(tables, machine))
 
 
-def _parity_rows(prepared: _Prepared, folder: CocoFolder) -> list[ParityRow]:
+def _counted(run: ModelFunction, progress: Progress, bar: TaskID) -> ModelFunction:
+    """The same function; every call moves the bar on."""
+
+    def counted(inputs: Arrays, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        progress.advance(bar)
+        return run(inputs, outputs)
+
+    return counted
+
+
+def _parity_rows(prepared: _Prepared, folder: CocoFolder, progress: Progress) -> list[ParityRow]:
     model = prepared.artifact.model
     reference = GraphModel(prepared.graph, optimized=True)
     expected = [reference(arrays) for arrays in prepared.inputs]
-    usual = task_metric(prepared.artifact, reference, folder)
+    runnable = _runnable(prepared)
+    bar = progress.add_task(model, total=(len(runnable) + 1) * len(folder.records))
+    usual = task_metric(prepared.artifact, _counted(reference, progress, bar), folder)
     rows = []
-    for (engine, precision), opened in _runnable(prepared).items():
-        run = opened()
+    for (engine, precision), opened in runnable.items():
+        try:
+            run = opened()
+        except Exception as error:  # ONNX Runtime's own types derive from nothing else
+            rows.append(_refused(model, engine, precision, error))
+            continue
         got = [run(arrays) for arrays in prepared.inputs]
-        metric = task_metric(prepared.artifact, run, folder)
+        metric = task_metric(prepared.artifact, _counted(run, progress, bar), folder)
         pairs = list(zip(expected, got, strict=True))
         rows.append(
             ParityRow(
@@ -220,6 +251,21 @@ def _parity_rows(prepared: _Prepared, folder: CocoFolder) -> list[ParityRow]:
             )
         )
     return rows
+
+
+def _refused(model: str, engine: str, precision: str, error: Exception) -> ParityRow:
+    reason = str(error).splitlines()[0].rpartition("/")[2]
+    return ParityRow(
+        model=model,
+        engine=engine,
+        precision=precision,
+        agreement=None,
+        overlap=None,
+        metric={},
+        change={},
+        images=0,
+        error=reason,
+    )
 
 
 def _runnable(prepared: _Prepared) -> dict[tuple[str, str], Callable[[], GraphModel]]:
@@ -246,9 +292,11 @@ def _runnable(prepared: _Prepared) -> dict[tuple[str, str], Callable[[], GraphMo
 
 
 def _overlap(model: str, pairs: Sequence[tuple[Arrays, Arrays]]) -> float | None:
-    """Mean IoU of masks, or what ``Agreement.distance`` says of the boxes."""
+    """Mean IoU of masks, agreement of prompts, or what ``Agreement.distance`` says of boxes."""
     if model == DETECTOR:
         return 1 - float(np.mean([agreement(model, e, g).distance for e, g in pairs]))
+    if model == VIT_CLASSIFIER:
+        return float(np.mean([prompt_agreement(e, g) for e, g in pairs]))
     if model != SAM_MASK_DECODER:
         return None
     masks = [(e["low_res_logits"] > 0, g["low_res_logits"] > 0) for e, g in pairs]
@@ -315,9 +363,10 @@ def _report(tables: Mapping[str, Sequence[Mapping[str, Any]]], machine: str) -> 
         "- *max error*: of any element, by its output's largest magnitude; the detector's outputs "
         "are sorted by score, so two candidates that swap places count fully",
         "- *overlap*: detector: IoU of the ten best boxes with float32's, times how well scores "
-        "agree; decoder: IoU of masks",
-        "- *task metric*: in percent; AP50 of the classes that model and data share; mean IoU of "
-        "masks with the truth from a point and from a box",
+        "agree; classifier: share of the prompts that both give, to half a map's cell; decoder: "
+        "IoU of masks",
+        "- *task metric*: in percent; AP50 and AP of tags over the classes of the data; mean IoU "
+        "of masks with the truth from a point and from a box",
         "",
         "| model | engine | precision | max error | cosine | overlap | task metric (change) | "
         "images |",
@@ -350,6 +399,9 @@ def _parity_line(row: Mapping[str, Any]) -> str:
         for name, value in row["metric"].items()
     )
     found = row["agreement"]
+    if found is None:
+        names = (row["model"], row["engine"], row["precision"])
+        return f"| {' | '.join(names)} | does not open | | | {row['error']} | |"
     cells = (
         row["model"],
         row["engine"],

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from export.__main__ import export_model
 from export.exportable import detector_exportable
-from export.release import answer_difference
+from export.probes import answer_difference
 from training.data.coco import load_coco_folder
 from training.engine.stage import git_commit
 from weaksam_rt.artifacts import ModelArtifact, load_artifact
@@ -59,7 +59,7 @@ def fail(version):
 
 with ModelControl(sys.argv[3]) as control:
     try:
-        publish(Path(sys.argv[1]), load_artifact(Path(sys.argv[2])), control, keep=10,
+        publish(Path(sys.argv[1]), [load_artifact(Path(sys.argv[2]))], control, keep=10,
                 check_engine=lambda version: None, watch=fail,
                 on_step=lambda step: print(" ", step, flush=True))
     except ReleaseError as error:

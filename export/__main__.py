@@ -17,23 +17,23 @@ from export.engine_commands import doctor, engines
 from export.exportable import (
     Exportable,
     chosen_exportables,
-    detector_exportable,
     example_tensors,
 )
 from export.half_weights import round_weights_, store_weights_as_half
+from export.judges import in_words
 from export.onnx_from_module import OPSET, onnx_from_module
 from export.refit import renamed_weights
-from export.release import Method, ReleaseRules, release_detector
+from export.release import Method, ReleaseRules
+from export.release import release as release_model
 from training.data.coco import load_coco_folder
 from weaksam_rt.artifacts import ModelArtifact, upgrade_manifest
 from weaksam_rt.client import ClientConfig, ClientTls
 from weaksam_rt.contracts import DETECTOR
+from weaksam_rt.engine_serving import PROFILES, Profile
 from weaksam_rt.errors import ArtifactError, WeakSamError
 from weaksam_rt.files import write_json
 from weaksam_rt.model_control import ModelControl
 from weaksam_rt.model_repository import (
-    PROFILES,
-    Profile,
     build_model_repository,
     load_exported_models,
     write_repository_snapshot,
@@ -149,8 +149,10 @@ def snapshot(
 def release(
     repository: Annotated[Path, tyro.conf.Positional],
     *,
-    detector: Path,
     data: Path,
+    detector: Path | None = None,
+    classifier: Path | None = None,
+    sam: Path | None = None,
     url: str = "127.0.0.1:8001",
     root_certificates: Path | None = None,
     method: Method = "auto",
@@ -158,15 +160,18 @@ def release(
     niceness: int = 10,
     report: Path | None = None,
 ) -> None:
-    """Serve a newly trained detector: build or refit, verify, compare, switch, watch.
+    """Serve a newly trained model: build or refit, verify, compare, switch, watch.
 
     Whatever fails, the version before is served as before; a release that was killed is undone by
     `weaksam serve`, or by the next release.
 
     Args:
         repository: The model repository that the server serves.
-        detector: Weights of training.retrain_detector.
-        data: Folder with images/ and instances.json: AP50 of candidate and live version.
+        data: Folder with images/ and instances.json, for AP50 (detector), the tags' average
+            precision (classifier) or the IoU of prompted masks (SAM) of candidate and live version.
+        detector: Weights of training.retrain_detector. One of these three is released.
+        classifier: Weights of training.train_classifier.
+        sam: Weights of training.train_sam, or an official SAM checkpoint; both halves go together.
         url: Host and gRPC port of `weaksam serve REPOSITORY --allow-releases`.
         root_certificates: PEM file of the authorities to trust, for an encrypted server.
         method: auto refits where only weights changed, and exports otherwise.
@@ -177,9 +182,9 @@ def release(
     os.nice(niceness)
     torch.set_num_threads(1)
     with _control(url, root_certificates) as control:
-        summary = release_detector(
+        summary = release_model(
             repository,
-            detector_exportable(detector),
+            chosen_exportables(detector, classifier, sam),
             load_coco_folder(data),
             control,
             export=lambda exportable, folder, half: export_model(
@@ -192,10 +197,10 @@ def release(
     built = summary.live_build_seconds
     _LOGGER.info(
         "version %d is served: %s and verification %.1f s (exporting the live one took %s), "
-        "AP50 %.2f (was %.2f)",
-        summary.report.release.version, summary.method, summary.build_seconds,
-        "an unknown time" if built is None else f"{built:.1f} s",
-        100 * summary.ap50, 100 * summary.live_ap50,
+        "%s (live before: %s)",
+        summary.report.release.version, " and ".join(sorted(set(summary.methods.values()))),
+        summary.build_seconds, "an unknown time" if built is None else f"{built:.1f} s",
+        in_words(summary.metrics), in_words(summary.live_metrics),
     )  # fmt: skip
     if report is not None:
         write_json(report, summary.to_json())

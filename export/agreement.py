@@ -8,10 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weaksam_rt.boxes import box_iou
+from weaksam_rt.config import PipelineConfig
 from weaksam_rt.contracts import DETECTOR
+from weaksam_rt.prompt_clustering import prompts_from_maps
+from weaksam_rt.types import PointPrompts
 
 _DETECTIONS = 10
 """Best candidates of an image that are looked for in the other answer."""
+_CELL_PX = 16
+"""Pixels of a map's cell where prompts are compared."""
 Answer = Mapping[str, NDArray[Any]]
 
 
@@ -59,6 +64,57 @@ def worst(parts: Sequence[Agreement]) -> Agreement:
         cosine=min(part.cosine for part in parts),
         distance=float(np.mean([part.distance for part in parts])),
     )
+
+
+def prompt_agreement(expected: Answer, got: Answer, config: PipelineConfig | None = None) -> float:
+    """Share of the prompts, in [0, 1], that two answers of the classifier have in common.
+
+    Prompts are made of each answer's maps for the classes that it sees. One is common if the other
+    answer has one of the same class and source less than half a map's cell away. 1 where neither
+    has any.
+
+    Args:
+        expected: Outputs of ``vit_classifier``, with batch axis.
+        got: Of the other engine, to the same inputs.
+        config: Of the pipeline; None: the defaults.
+    """
+    settings = config or PipelineConfig()
+    common = total = 0
+    for image in range(len(expected["logits"])):
+        both = [_prompts(answer, image, settings) for answer in (expected, got)]
+        total += len(both[0]) + len(both[1])
+        common += _num_found(both[0], both[1]) + _num_found(both[1], both[0])
+    return common / total if total else 1.0
+
+
+def _prompts(answer: Answer, image: int, config: PipelineConfig) -> PointPrompts:
+    present = np.flatnonzero(answer["logits"][image] > config.present_logit_thresh)
+    if len(present) == 0:
+        return PointPrompts.concatenate([])
+    maps = {
+        name: np.ascontiguousarray(answer[name][image].take(present, axis=-3))
+        for name in ("coarse_maps", "fine_maps", "cross_maps")
+    }
+    side = _CELL_PX * maps["coarse_maps"].shape[-1]
+    return prompts_from_maps(
+        coarse_maps=maps["coarse_maps"],
+        fine_maps=maps["fine_maps"],
+        cross_maps=maps["cross_maps"],
+        class_ids=present.astype(np.int32),
+        image_size=(side, side),
+        config=config.clustering,
+    )
+
+
+def _num_found(wanted: PointPrompts, there: PointPrompts) -> int:
+    """How many of ``wanted`` have a partner in ``there``."""
+    apart = np.abs(wanted.points[:, None] - there.points[None]).max(axis=2, initial=0)
+    is_partner = (
+        (apart < _CELL_PX / 2)
+        & (wanted.class_ids[:, None] == there.class_ids[None])
+        & (wanted.sources[:, None] == there.sources[None])
+    )
+    return int(is_partner.any(axis=1).sum())
 
 
 def _matched_quality(expected: Answer, got: Answer) -> float:

@@ -39,6 +39,7 @@ def engines(
     max_calibration_images: int = 64,
     timing_cache: Path | None = None,
     workspace_mb: int | None = None,
+    refittable: bool = False,
     detector: Path | None = None,
     classifier: Path | None = None,
     sam: Path | None = None,
@@ -60,6 +61,7 @@ def engines(
         max_calibration_images: Of them, spread evenly.
         timing_cache: File of kernel timings to read and extend (tensorrt).
         workspace_mb: Most GPU memory an operator may borrow.
+        refittable: Weights can be exchanged in the engine (tensorrt, tensorrt-rtx); needs a GPU.
         detector: Weights, for aot-inductor.
         classifier: Weights, for aot-inductor.
         sam: Weights, for aot-inductor.
@@ -75,6 +77,7 @@ def engines(
             compute_capabilities=compute_capability,
             workspace_bytes=None if workspace_mb is None else workspace_mb * 1_000_000,
             timing_cache=timing_cache,
+            refittable=refittable,
         )
         built = build_engine(
             source,

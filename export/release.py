@@ -1,11 +1,12 @@
 """From a new checkpoint to the version that is served: build, verify, compare, publish, watch.
 
-Knows nothing about journals and switching (``weaksam_rt.releases``); decides whether a candidate is
-good enough to be handed to them, and what its answers on the server must be.
+Knows nothing about journals and switching (``weaksam_rt.releases``). Whether a candidate is good
+enough is for its judge (``export.judges``), what the server must answer for its probes
+(``export.probes``).
 """
 
-import asyncio
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,41 +15,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from export.accept import accept_onnx
 from export.exportable import Exportable
 from export.half_weights import round_weights_
+from export.judges import Metrics, in_words, judge_of, losses, measured, with_metrics
+from export.probes import calls_of, check_engine_answers, make_probes, watch_answers
 from export.refit import RefitError, refit_onnx
 from training.data.coco import CocoFolder
-from training.engine.stage import fingerprint
-from training.evaluation.voc_ap import voc_ap
-from weaksam_rt.artifacts import ModelArtifact, load_artifact, write_manifest
-from weaksam_rt.backends.local import LocalBackend
-from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
+from weaksam_rt.artifacts import ModelArtifact, load_artifact
 from weaksam_rt.client import WeakSamClient
-from weaksam_rt.config import DetectionConfig, PipelineConfig
-from weaksam_rt.contracts import DETECTOR, WEAKSAM_DETECT, DetectorParameters
+from weaksam_rt.contracts import PROMPT_CLUSTERING
 from weaksam_rt.errors import ArtifactError, ReleaseError, WeakSamError
-from weaksam_rt.images import decode_reduced
-from weaksam_rt.live_repository import engine_versions_needed, pipeline_file
+from weaksam_rt.live_repository import engine_versions_needed, pipeline_file, pipelines_of
 from weaksam_rt.model_control import ModelControl
-from weaksam_rt.pipeline import PipelineModels, WeakSamPipeline, select_detections
-from weaksam_rt.preprocessing import resize_for_detector
 from weaksam_rt.releases import ReleaseReport, publish
-from weaksam_rt.types import Detections
 
 _LOGGER = logging.getLogger(__name__)
 
 Method = Literal["auto", "refit", "export"]
 ExportModel = Callable[[Exportable, Path, bool], ModelArtifact]
 """Module, folder and whether weights are stored in half precision, to a verified artifact."""
-
-_METRIC_SCORE_THRESH = 0.01
-"""AP looks at weak detections too."""
-_BOX_TOLERANCE_PX = 0.05
-_SCORE_TOLERANCE = 1e-3
-_WATCH_PAUSE_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,31 +49,20 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Probe:
-    """A picture and the answers that the candidate gives to it outside the server."""
-
-    name: str
-    data: bytes
-    model_input: NDArray[np.uint8]
-    """[s, s, 3], what the engine sees."""
-    candidates: Mapping[str, NDArray[Any]]
-    """The engine's outputs, without batch axis."""
-    detections: Detections
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ReleaseSummary:
     """What a release did, for a person and for a machine."""
 
     report: ReleaseReport
-    method: str
+    methods: Mapping[str, str]
+    """By model: ``refit`` or ``export``."""
     build_seconds: float
-    """To build and verify the candidate."""
+    """To build and verify the candidates."""
     live_build_seconds: float | None
-    """What building the live engine from nothing took, as its passport says."""
+    """What building the live engines from nothing took, as their passports say."""
     parity: float | None
-    ap50: float
-    live_ap50: float
+    metrics: Metrics
+    """Of the candidates, by key of ``METRIC_NAMES``."""
+    live_metrics: Metrics
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -95,18 +71,41 @@ class ReleaseSummary:
         return content
 
 
-def live_detector(repository: Path) -> ModelArtifact:
-    """The detector that ``repository`` serves, verified.
+def live_engines(repository: Path, models: Sequence[str]) -> dict[str, ModelArtifact]:
+    """The engines that ``repository`` serves, verified, by model.
+
+    Args:
+        repository: Live.
+        models: To be replaced.
+
+    Returns:
+        These, and all others that a pipeline with one of them calls.
 
     Raises:
-        ArtifactError: It serves none, or the engine cannot be trusted.
+        ArtifactError: It serves none of ``models``, by another engine than releases build, or an
+            engine cannot be trusted.
     """
-    versions = engine_versions_needed(repository, DETECTOR)
-    if not versions:
-        raise ArtifactError(
-            f"{repository} serves no {DETECTOR}; build it with `python -m export repository`"
-        )
-    return load_artifact(repository / DETECTOR / str(versions[-1]))
+    for model in models:
+        if not engine_versions_needed(repository, model):
+            raise ArtifactError(
+                f"{repository} serves no {model}; build it with `python -m export repository`"
+            )
+    members = {
+        member: version
+        for model in models
+        for pipeline in pipelines_of(repository, model)
+        for member, version in pipeline_file(repository, pipeline).members.items()
+        if member != PROMPT_CLUSTERING
+    }
+    found = {m: load_artifact(repository / m / str(v)) for m, v in members.items()}
+    for model in models:
+        if found[model].engine != "onnxruntime":
+            raise ArtifactError(
+                f"the live {model} is an engine for {found[model].engine}, a release builds one "
+                "for onnxruntime: build the new engine with `python -m export engines`, a new "
+                "repository with `python -m export repository`, and serve it beside this one"
+            )
+    return found
 
 
 def build_candidate(
@@ -177,176 +176,6 @@ def _names_of(exportable: Exportable) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Is it as good as the live one?
-# ---------------------------------------------------------------------------------------------
-
-
-def ap50_of_engine(artifact: ModelArtifact, folder: CocoFolder, config: DetectionConfig) -> float:
-    """AP50 (Pascal VOC, area form) of a detector's engine on ``folder``, in [0, 1].
-
-    The engine runs in this process, with serving's decoding, resizing and suppression. Classes are
-    matched by name: what the detector does not know counts as not found.
-    """
-    parameters = artifact.parameters
-    assert isinstance(parameters, DetectorParameters)
-    engine = OnnxRuntimeModel(artifact, num_threads=1)
-    weak = replace(config, score_thresh=_METRIC_SCORE_THRESH)
-    label_of_name = {name: label for label, name in enumerate(folder.class_names)}
-    labels = np.array([label_of_name.get(name, -1) for name in parameters.class_names])
-    found = {}
-    for record in folder.records:
-        detections = _detect_with(engine, record.path.read_bytes(), parameters.image_size, weak)
-        known = detections.take(labels[detections.labels] >= 0)
-        found[record.image_id] = replace(known, labels=labels[known.labels])
-    return voc_ap(folder, found).mean_all_point
-
-
-def measured_ap50(artifact: ModelArtifact, folder: CocoFolder, config: DetectionConfig) -> float:
-    """``ap50_of_engine``, or what the passport says if it was measured on the same data and
-    settings.
-    """
-    known = artifact.passport.task_metrics
-    wanted = _metric_identity(folder, config)
-    if "ap50" in known and {key: known.get(key) for key in wanted} == wanted:
-        return float(known["ap50"])
-    return ap50_of_engine(artifact, folder, config)
-
-
-def with_ap50(
-    artifact: ModelArtifact, ap50: float, folder: CocoFolder, config: DetectionConfig
-) -> ModelArtifact:
-    """The same artifact, with its task metric in the passport on disk."""
-    metrics = {"ap50": ap50, **_metric_identity(folder, config)}
-    return write_manifest(
-        artifact.path,
-        model=artifact.model,
-        engine=artifact.engine,
-        parameters=artifact.parameters,
-        provenance=replace(artifact.passport, task_metrics=metrics),
-    )
-
-
-def _metric_identity(folder: CocoFolder, config: DetectionConfig) -> dict[str, Any]:
-    return {
-        "data": fingerprint(folder.root),
-        "num_images": len(folder.records),
-        "nms_thresh": config.nms_thresh,
-        "max_detections": config.max_detections,
-    }
-
-
-def _detect_with(
-    engine: OnnxRuntimeModel, data: bytes, image_size: int, config: DetectionConfig
-) -> Detections:
-    image = decode_reduced(data, image_size)
-    pixels, frame = resize_for_detector(image.pixels, image_size, image_size=image.image_size)
-    answer = engine({"image": pixels[None]})
-    return select_detections(
-        answer["boxes"][0], answer["scores"][0], answer["labels"][0], frame,
-        score_thresh=config.score_thresh, nms_thresh=config.nms_thresh,
-        max_detections=config.max_detections,
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------
-# Does the server answer as the candidate does?
-# ---------------------------------------------------------------------------------------------
-
-
-def make_probes(
-    artifact: ModelArtifact,
-    config: PipelineConfig,
-    images: Sequence[Path],
-) -> list[Probe]:
-    """What the server will have to answer, computed in this process."""
-    parameters = artifact.parameters
-    assert isinstance(parameters, DetectorParameters)
-    engine = OnnxRuntimeModel(artifact, num_threads=1)
-    pipeline = WeakSamPipeline(
-        LocalBackend({DETECTOR: engine}), PipelineModels(detector=parameters), config
-    )
-    probes = []
-    for path in images:
-        data = path.read_bytes()
-        image = decode_reduced(data, pipeline.longest_side_seen(with_masks=False))
-        pixels, _ = resize_for_detector(
-            image.pixels, parameters.image_size, image_size=image.image_size
-        )
-        answer = engine({"image": pixels[None]})
-        probes.append(
-            Probe(
-                name=path.name,
-                data=data,
-                model_input=pixels,
-                candidates={name: array[0] for name, array in answer.items()},
-                detections=asyncio.run(pipeline.detect(image.pixels, image_size=image.image_size)),
-            )
-        )
-    return probes
-
-
-def check_engine_answers(
-    control: ModelControl, artifact: ModelArtifact, probes: Sequence[Probe], version: int
-) -> None:
-    """Ask the loaded, not yet used engine on the server; raises ``ReleaseError`` at the first
-    answer that is not the candidate's.
-    """
-    for probe in probes:
-        answer = control.infer(artifact.contract, version, {"image": probe.model_input})
-        for name, expected in probe.candidates.items():
-            if name == "scores":
-                error = float(np.abs(answer[name] - expected).max(initial=0))
-                if error > _SCORE_TOLERANCE:
-                    raise ReleaseError(
-                        f"{probe.name}: the engine on the server gives scores that differ by "
-                        f"{error:.2g} from the same engine here"
-                    )
-            elif not np.isfinite(answer[name]).all():
-                raise ReleaseError(f"{probe.name}: the engine on the server gives {name} that are "
-                                   "not finite")  # fmt: skip
-
-
-def watch_answers(
-    client: WeakSamClient, probes: Sequence[Probe], version: int, *, watch_s: float
-) -> None:
-    """Ask the switched pipeline again and again for ``watch_s`` seconds, at least once each.
-
-    Raises:
-        ReleaseError: An answer came from another version, or is not the candidate's.
-        WeakSamError: The server failed a probe.
-    """
-    deadline = time.monotonic() + watch_s
-    while True:
-        for probe in probes:
-            result = client.detect(probe.data)
-            if result.version != version:
-                raise ReleaseError(
-                    f"{probe.name} was answered by version {result.version} of "
-                    f"{WEAKSAM_DETECT.name}, expected {version}"
-                )
-            if difference := answer_difference(result.detections, probe.detections):
-                raise ReleaseError(f"{probe.name}: {difference}")
-        if time.monotonic() >= deadline:
-            return
-        time.sleep(min(_WATCH_PAUSE_S, max(deadline - time.monotonic(), 0)))
-
-
-def answer_difference(got: Detections, expected: Detections) -> str | None:
-    """How a served answer differs from the expected one; None: not beyond rounding."""
-    if len(got) != len(expected):
-        return f"{len(got)} detections, expected {len(expected)}"
-    if len(got) == 0:
-        return None
-    if not np.array_equal(got.labels, expected.labels):
-        return f"labels {got.labels.tolist()}, expected {expected.labels.tolist()}"
-    boxes = float(np.abs(got.boxes - expected.boxes).max())
-    if boxes > _BOX_TOLERANCE_PX:
-        return f"boxes differ by {boxes:.3g} px"
-    scores = float(np.abs(got.scores - expected.scores).max())
-    return f"scores differ by {scores:.3g}" if scores > _SCORE_TOLERANCE else None
-
-
-# ---------------------------------------------------------------------------------------------
 # The whole way
 # ---------------------------------------------------------------------------------------------
 
@@ -356,7 +185,7 @@ class ReleaseRules:
     """What a candidate must fulfil, and how long it is watched."""
 
     max_loss: float = 0.01
-    """AP50 that the candidate may lose against the live version, in [0, 1]."""
+    """What the candidate may lose of each task metric against the live version, in [0, 1]."""
     watch_s: float = 10.0
     """Seconds on probation after the switch, at least 0."""
     num_probes: int = 4
@@ -376,9 +205,9 @@ class ReleaseRules:
             )
 
 
-def release_detector(
+def release(
     repository: Path,
-    exportable: Exportable,
+    exportables: Sequence[Exportable],
     folder: CocoFolder,
     control: ModelControl,
     *,
@@ -387,12 +216,13 @@ def release_detector(
     rules: ReleaseRules | None = None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> ReleaseSummary:
-    """Serve a new detector, if it is verified and not worse than the live one.
+    """Serve a new model, if it is verified and not worse than the live one.
 
     Args:
         repository: Live, served by the server of ``control``.
-        exportable: The new checkpoint.
-        folder: Pictures with true boxes, for the metric and the probes.
+        exportables: The new checkpoint: a detector, a classifier, or both halves of a SAM.
+        folder: Pictures with true boxes (detector), tags (classifier) or masks (SAM), for the
+            metrics and the probes.
         control: The server.
         export: Builds from nothing.
         method: See ``build_candidate``.
@@ -402,45 +232,49 @@ def release_detector(
     Raises:
         ReleaseError: It is worse than the live one, or a check failed; the live version is served
             as before.
-        ParityError: The engine's answers are not PyTorch's.
+        ParityError: An engine's answers are not PyTorch's.
+        ArtifactError: The repository does not serve the model, or not by ONNX Runtime.
     """
-    rules = rules or ReleaseRules()
-    live = live_detector(repository)
-    config = pipeline_file(repository, WEAKSAM_DETECT.name).config
+    rules, judge = rules or ReleaseRules(), judge_of(exportables)
+    engines = live_engines(repository, judge.models)
+    live = {model: engines.pop(model) for model in judge.models}
+    pipelines = list(dict.fromkeys(p for m in live for p in pipelines_of(repository, m)))
+    config = pipeline_file(repository, pipelines[0]).config
     with tempfile.TemporaryDirectory(prefix="weaksam-release-") as scratch:
-        candidate = build_candidate(
-            exportable, live, Path(scratch) / DETECTOR, method=method, export=export
-        )
-        _LOGGER.info("%s and verification: %.1f s", candidate.method, candidate.seconds)
-        ap50 = ap50_of_engine(candidate.artifact, folder, config.detection)
-        live_ap50 = measured_ap50(live, folder, config.detection)
-        _LOGGER.info("AP50 %.2f, live %.2f", 100 * ap50, 100 * live_ap50)
-        if not ap50 >= live_ap50 - rules.max_loss:
-            raise ReleaseError(
-                f"AP50 on {folder.root.name} is {100 * ap50:.2f}, the live version has "
-                f"{100 * live_ap50:.2f} and {100 * rules.max_loss:.2f} may be lost; nothing was "
-                "changed"
+        candidates = {
+            e.model: build_candidate(
+                e, live[e.model], Path(scratch) / e.model, method=method, export=export
             )
-        artifact = with_ap50(candidate.artifact, ap50, folder, config.detection)
-        probes = make_probes(artifact, config, _spread(folder, rules.num_probes))
+            for e in exportables
+        }
+        built = {model: candidate.artifact for model, candidate in candidates.items()}
+        metrics = judge.measure(built, folder, config)
+        live_metrics = measured(judge, live, folder, config)
+        _LOGGER.info("%s; live: %s", in_words(metrics), in_words(live_metrics))
+        if lost := losses(metrics, live_metrics, rules.max_loss):
+            raise ReleaseError(f"on {folder.root.name} {'; '.join(lost)}; nothing was changed")
+        new = with_metrics(judge, built, metrics, folder, config)
+        probes = make_probes(new, engines, pipelines, config, _spread(folder, rules.num_probes))
+        calls = calls_of(new)
         with WeakSamClient(control.address, control.config) as client:
             report = publish(
                 repository,
-                artifact,
+                list(new.values()),
                 control,
-                check_engine=lambda v: check_engine_answers(control, artifact, probes, v),
-                watch=lambda v: watch_answers(client, probes, v, watch_s=rules.watch_s),
+                check_engine=lambda v: check_engine_answers(control, probes, v),
+                watch=lambda v: watch_answers(client, probes, calls, v, watch_s=rules.watch_s),
                 keep=rules.keep,
                 on_step=on_step,
             )
+    exported_in = [engine.passport.exporter.get("seconds", math.nan) for engine in live.values()]
     return ReleaseSummary(
         report=report,
-        method=candidate.method,
-        build_seconds=round(candidate.seconds, 3),
-        live_build_seconds=live.passport.exporter.get("seconds"),
-        parity=artifact.passport.worst_parity,
-        ap50=ap50,
-        live_ap50=live_ap50,
+        methods={model: candidate.method for model, candidate in candidates.items()},
+        build_seconds=round(sum(c.seconds for c in candidates.values()), 3),
+        live_build_seconds=None if math.isnan(sum(exported_in)) else sum(exported_in),
+        parity=max((e.passport.worst_parity or 0.0 for e in new.values()), default=None),
+        metrics=metrics,
+        live_metrics=live_metrics,
     )
 
 

@@ -12,6 +12,7 @@ from export.precision_doctor import Diagnosis
 from training.data.coco import CocoFolder, ImageRecord
 from training.data.prompt_samples import most_interior_point
 from training.evaluation.sam_quality import mask_iou
+from training.evaluation.tag_ap import tag_average_precision
 from training.evaluation.voc_ap import voc_ap
 from weaksam_rt.artifacts import ModelArtifact, load_artifact
 from weaksam_rt.backends.base import Arrays
@@ -21,6 +22,7 @@ from weaksam_rt.config import DetectionConfig
 from weaksam_rt.contracts import (
     SAM_IMAGE_ENCODER,
     SAM_MASK_DECODER,
+    VIT_CLASSIFIER,
     DetectorParameters,
     Parameters,
     SamParameters,
@@ -74,6 +76,36 @@ def detector_ap50(
     return {"AP50": voc_ap(folder, found).mean_all_point}
 
 
+def classifier_tag_ap(
+    run: ModelFunction, parameters: VitClassifierParameters, folder: CocoFolder
+) -> dict[str, float]:
+    """Mean average precision of the tags, in [0, 1], on the classes that classifier and folder
+    share; a class of the folder that the classifier does not know counts as 0.
+
+    Raises:
+        ValueError: No image has a tag.
+    """
+    known = {name: i for i, name in enumerate(parameters.class_names)}
+    columns = [known.get(name) for name in folder.class_names]
+    logits = np.stack(
+        [
+            run(image_inputs(VIT_CLASSIFIER, parameters, record), ["logits"])["logits"][0]
+            for record in folder.records
+        ]
+    )
+    tags = np.zeros((len(folder.records), len(columns)), bool)
+    for row, record in enumerate(folder.records):
+        tags[row, list(record.tags)] = True
+    if not tags.any():
+        raise ValueError(f"no image of {folder.root} has a tag; choose a data set with tags")
+    found = [
+        0.0 if column is None else tag_average_precision(logits[:, [column]], tags[:, [label]])[0]
+        for label, column in enumerate(columns)
+        if tags[:, label].any()
+    ]
+    return {"tag AP": float(np.mean(found))}
+
+
 def sam_mask_iou(
     encoder: ModelFunction, decoder: ModelFunction, parameters: SamParameters, folder: CocoFolder
 ) -> dict[str, float]:
@@ -97,6 +129,8 @@ def task_metric(
     parameters = artifact.parameters
     if isinstance(parameters, DetectorParameters):
         return detector_ap50(run, parameters, folder)
+    if isinstance(parameters, VitClassifierParameters):
+        return classifier_tag_ap(run, parameters, folder)
     if isinstance(parameters, SamParameters):
         is_encoder = artifact.model == SAM_IMAGE_ENCODER
         other = artifact.path.parent.parent / (

@@ -26,6 +26,13 @@ MANIFEST_NAME = "manifest.json"
 _FORMAT = 2
 _FORMAT_WITHOUT_PASSPORT = 1
 _LARGEST_MANIFEST = 4 * 2**20
+METRIC_NAMES = {
+    "ap50": "AP50",
+    "tag_ap": "tag AP",
+    "mask_iou_point": "mask IoU (point)",
+    "mask_iou_box": "mask IoU (box)",
+}
+"""Task metrics by their keys in passports; all are shares of 1, and higher is better."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +59,8 @@ class Passport:
     parity: Mapping[str, Any] = field(default_factory=dict)
     """By output: how far it was."""
     task_metrics: Mapping[str, Any] = field(default_factory=dict)
-    """``ap50`` in [0, 1] and the fingerprint of the ``data`` it was measured on."""
+    """Some of ``METRIC_NAMES`` in [0, 1] and the fingerprint of the ``data`` they were measured
+    on."""
     weights: Mapping[str, str] = field(default_factory=dict)
     """Names in the engine of weights that the exporter renamed, to their names in the
     checkpoint."""
@@ -323,9 +331,10 @@ def passport_changes(new: ModelArtifact, old: ModelArtifact) -> tuple[str, ...]:
         before, after = getattr(old.passport, what), getattr(new.passport, what)
         if before != after:
             changes.append(f"{what} {before[:12] or 'unknown'} -> {after[:12] or 'unknown'}")
-    before, after = (a.passport.task_metrics.get("ap50") for a in (old, new))
-    if before is not None and after is not None:
-        changes.append(f"AP50 {100 * before:.1f} -> {100 * after:.1f}")
+    for metric, words in METRIC_NAMES.items():
+        before, after = (a.passport.task_metrics.get(metric) for a in (old, new))
+        if before is not None and after is not None:
+            changes.append(f"{words} {100 * before:.1f} -> {100 * after:.1f}")
     return tuple(changes)
 
 

@@ -184,25 +184,48 @@ def append_history(repository: Path, entry: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NewVersion:
-    """A version to be written: one new engine, and the pipelines that will call it."""
+class NewEngine:
+    """An engine that takes the place of a live one."""
 
-    version: int
     artifact: ModelArtifact
     live: ModelArtifact
     """The engine that it replaces."""
-    live_engine_version: int
+    live_version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewVersion:
+    """A version to be written: new engines, and the pipelines that will call them."""
+
+    version: int
+    engines: Mapping[str, NewEngine]
+    """By model."""
     pipelines: Mapping[str, int]
     """Their live versions."""
 
 
-def plan_version(repository: Path, artifact: ModelArtifact) -> NewVersion:
-    """What releasing ``artifact`` into ``repository`` means; nothing is written.
+def plan_version(repository: Path, artifacts: Sequence[ModelArtifact]) -> NewVersion:
+    """What releasing ``artifacts`` into ``repository`` means; nothing is written.
 
     Raises:
-        ArtifactError: The repository does not serve the model, or the artifact needs another
-            config than the live one: versions of one model share theirs.
+        ArtifactError: The repository does not serve a model, an artifact needs another config than
+            the live one (versions of one model share theirs), or half a SAM is given.
     """
+    _check_halves(artifacts)
+    engines = {artifact.model: _new_engine(repository, artifact) for artifact in artifacts}
+    if len(engines) != len(artifacts) or not artifacts:
+        raise ArtifactError(
+            f"a release takes one engine for each model, got {[a.model for a in artifacts]}"
+        )
+    pipelines = [p for model in engines for p in pipelines_of(repository, model)]
+    return NewVersion(
+        version=next_version(repository),
+        engines=engines,
+        pipelines={pipeline: live_version(repository, pipeline) for pipeline in pipelines},
+    )
+
+
+def _new_engine(repository: Path, artifact: ModelArtifact) -> NewEngine:
     model = artifact.model
     if model not in ENGINE_MODELS or model == PROMPT_CLUSTERING:
         raise ArtifactError(f"{model} has no engine to release")
@@ -224,31 +247,46 @@ def plan_version(repository: Path, artifact: ModelArtifact) -> NewVersion:
             f"the new engine is {artifact.path.name} for {artifact.engine}, the live one "
             f"{live.path.name} for {live.engine}; build a new repository"
         )
-    pipelines = pipelines_of(repository, model)
-    return NewVersion(
-        version=next_version(repository),
-        artifact=artifact,
-        live=live,
-        live_engine_version=needed[0],
-        pipelines={pipeline: live_version(repository, pipeline) for pipeline in pipelines},
-    )
+    return NewEngine(artifact=artifact, live=live, live_version=needed[0])
 
 
-def write_engine_version(repository: Path, plan: NewVersion) -> None:
-    """Write the new engine's folder."""
-    model = plan.artifact.model
-    live = repository / model / str(plan.live_engine_version)
-    files = [p for p in live.iterdir() if p.name == "model.py"]
+def _check_halves(artifacts: Sequence[ModelArtifact]) -> None:
+    """SAM's halves go together: one's embeddings mean nothing to another's decoder."""
+    halves = [a for a in artifacts if a.model in (SAM_IMAGE_ENCODER, SAM_MASK_DECODER)]
+    if len(halves) == 1:
+        raise ArtifactError(
+            f"{halves[0].model} is half a SAM: release {SAM_IMAGE_ENCODER} and {SAM_MASK_DECODER} "
+            "of one checkpoint together"
+        )
+    if halves and halves[0].parameters != halves[-1].parameters:
+        raise ArtifactError(
+            f"{halves[0].model} has {halves[0].parameters}, {halves[-1].model} "
+            f"{halves[-1].parameters}; export both from one checkpoint"
+        )
+    checkpoints = {half.passport.source.get("sha256") for half in halves}
+    if len(checkpoints) > 1:
+        raise ArtifactError(
+            f"{SAM_IMAGE_ENCODER} and {SAM_MASK_DECODER} come from different checkpoints "
+            f"({', '.join(sorted(str(c)[:12] for c in checkpoints))}); export both from one"
+        )
 
-    def fill(folder: Path) -> None:
-        for path in (*files, *artifact_files(plan.artifact)):
-            shutil.copyfile(path, folder / path.name)
 
-    _write_folder(repository / model / str(plan.version), fill)
+def write_engine_versions(repository: Path, plan: NewVersion) -> None:
+    """Write the new engines' folders."""
+    for model, engine in plan.engines.items():
+        live = repository / model / str(engine.live_version)
+        files = [path for path in live.iterdir() if path.name == "model.py"]
+        files += artifact_files(engine.artifact)
+
+        def fill(folder: Path, files: Sequence[Path] = tuple(files)) -> None:
+            for path in files:
+                shutil.copyfile(path, folder / path.name)
+
+        _write_folder(repository / model / str(plan.version), fill)
 
 
 def write_pipeline_versions(repository: Path, plan: NewVersion) -> None:
-    """Write a version of each pipeline that calls the new engine and is otherwise the live one."""
+    """Write a version of each pipeline that calls the new engines and is otherwise the live one."""
     for pipeline, version in plan.pipelines.items():
         live = repository / pipeline / str(version)
         text = pipeline_text(_next_pipeline_file(pipeline_file(repository, pipeline), plan))
@@ -329,12 +367,12 @@ def remove_unfinished(repository: Path) -> None:
             shutil.rmtree(path)
 
 
-def prune(repository: Path, model: str, keep: int) -> list[int]:
-    """Remove old versions of an engine and of the pipelines that call it.
+def prune(repository: Path, models: Sequence[str], keep: int) -> list[int]:
+    """Remove old versions of the pipelines that call engines, and engines that nothing calls.
 
     Args:
         repository: Live.
-        model: The engine.
+        models: The engines.
         keep: How many versions of each pipeline stay, the live one among them, at least 2: with
             one there is no way back.
 
@@ -344,22 +382,28 @@ def prune(repository: Path, model: str, keep: int) -> list[int]:
     if keep < 2:
         raise ValueError(f"keep is {keep}, expected at least 2")
     removed = set()
-    pipelines = pipelines_of(repository, model)
-    for pipeline in pipelines:
+    for pipeline in {p: None for model in models for p in pipelines_of(repository, model)}:
         live = live_version(repository, pipeline)
         others = [v for v in version_folders(repository, pipeline) if v != live]
         for version in others[: max(len(others) - (keep - 1), 0)]:
             remove_version(repository, pipeline, version)
             removed.add(version)
+    engines = [m for m in ENGINE_MODELS if m != PROMPT_CLUSTERING]
+    for model in engines:  # a removed pipeline may have been the last to call any of them
+        if (repository / model / CONFIG_NAME).is_file():
+            _remove_uncalled(repository, model)
+    return sorted(removed)
+
+
+def _remove_uncalled(repository: Path, model: str) -> None:
     called = {
         pipeline_file(repository, pipeline, version).members.get(model)
-        for pipeline in pipelines
+        for pipeline in pipelines_of(repository, model)
         for version in version_folders(repository, pipeline)
     }
     for version in version_folders(repository, model):
         if version not in called and version not in live_versions(repository, model):
             remove_version(repository, model, version)
-    return sorted(removed)
 
 
 def compile_model_files(repository: Path) -> None:
@@ -380,12 +424,12 @@ def _compile(path: Path) -> None:
 
 
 def _next_pipeline_file(file: PipelineFile, plan: NewVersion) -> PipelineFile:
-    key = _KEY_OF_MODEL[plan.artifact.model]
-    parameters: Any = plan.artifact.parameters
+    called = {model: e.artifact for model, e in plan.engines.items() if model in file.members}
+    parameters: Any = {_KEY_OF_MODEL[model]: a.parameters for model, a in called.items()}
     return replace(
         file,
-        models=replace(file.models, **{key: parameters}),
-        members={**file.members, plan.artifact.model: plan.version},
+        models=replace(file.models, **parameters),
+        members={**file.members, **dict.fromkeys(called, plan.version)},
     )
 
 

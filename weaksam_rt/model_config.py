@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from weaksam_rt.contracts import ModelContract, TensorSpec
+from weaksam_rt.engine_serving import EngineServing
 
 TRITON_TYPES = {
     "BOOL": "TYPE_BOOL",
@@ -71,8 +72,8 @@ class ServingOptions:
 class ModelSettings:
     """What ``config.pbtxt`` says besides the contract."""
 
-    backend: str
-    """``python`` or ``onnxruntime``."""
+    serving: EngineServing
+    """Which backend runs it, and on what."""
     engine_file: str | None = None
     """File that the backend itself opens; None for the Python backend."""
     batches_requests: bool
@@ -83,7 +84,6 @@ class ModelSettings:
     ``ServingOptions.pipeline_instances`` for what this asks of ``instances``.
     """
     instances: int = 1
-    instance_kind: str = "KIND_CPU"
     label_outputs: tuple[str, ...] = ()
     """Outputs that ``labels.txt`` gives names to."""
     warms_up: bool = False
@@ -91,10 +91,6 @@ class ModelSettings:
     parameters: tuple[tuple[str, str], ...] = ()
     version: int = 1
     """The version folder that is served."""
-
-    def __post_init__(self) -> None:
-        if self.backend not in ("python", "onnxruntime"):
-            raise ValueError(f"backend {self.backend!r}, expected 'python' or 'onnxruntime'")
 
 
 def config_text(contract: ModelContract, settings: ModelSettings, options: ServingOptions) -> str:
@@ -122,12 +118,11 @@ def _header(contract: ModelContract, settings: ModelSettings) -> str:
         f"# {contract.description}",
         "# Written from the model's contract by weaksam_rt.model_repository: edit that, not this.",
         f'name: "{contract.name}"',
-        f'backend: "{settings.backend}"',
+        f'backend: "{settings.serving.backend}"',
+        *([f'platform: "{settings.serving.platform}"'] if settings.serving.platform else []),
         f"max_batch_size: {contract.max_batch_size}",
         version_policy((settings.version,)),
     ]
-    if settings.backend == "onnxruntime":
-        lines.insert(4, 'platform: "onnxruntime_onnx"')
     if settings.engine_file is not None:
         lines.append(f'default_model_filename: "{settings.engine_file}"')
     return "\n".join(lines)
@@ -194,7 +189,14 @@ def _tensor(spec: TensorSpec, settings: ModelSettings) -> str:
 
 
 def _instance_group(settings: ModelSettings) -> str:
-    return f"instance_group [ {{ count: {settings.instances} kind: {settings.instance_kind} }} ]"
+    serving = settings.serving
+    # The narrow profiles come first: with the first alone, other batches would be refused.
+    numbers = ", ".join(f'"{number}"' for number in range(serving.num_profiles))
+    profiles = f" profile: [ {numbers} ]" if numbers else ""
+    return (
+        f"instance_group [ {{ count: {settings.instances} kind: {serving.instance_kind}{profiles} "
+        "} ]"
+    )
 
 
 def _dynamic_batching(settings: ModelSettings, options: ServingOptions) -> str:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from weaksam_rt.artifacts import MANIFEST_NAME, ModelArtifact, load_artifact
 from weaksam_rt.config import PipelineConfig, load_toml
@@ -34,6 +34,7 @@ from weaksam_rt.contracts import (
     VitClassifierParameters,
     engine_contract,
 )
+from weaksam_rt.engine_serving import EngineServing, Profile, engine_serving
 from weaksam_rt.errors import ArtifactError, ContractError
 from weaksam_rt.model_config import (
     PASSPORTS_PARAMETER,
@@ -44,12 +45,6 @@ from weaksam_rt.model_config import (
 )
 from weaksam_rt.pipeline import PipelineModels
 
-Profile = Literal["embedded", "container"]
-PROFILES: tuple[Profile, ...] = ("embedded", "container")
-CONTAINER_IMAGE = "nvcr.io/nvidia/tritonserver:24.12-py3"
-"""What the ``container`` profile is written for; ``triton_models/Dockerfile`` builds on it."""
-CONTAINER_PYTHON = "3.12"
-"""The Python in that image."""
 _P = TypeVar("_P", DetectorParameters, VitClassifierParameters, SamParameters)
 
 CONFIG_NAME = "config.pbtxt"
@@ -101,8 +96,8 @@ def build_model_repository(
         version: The number of the version folder, at least 1.
 
     Raises:
-        ArtifactError: No pipeline can be served from these artifacts, or they contradict each
-            other.
+        ArtifactError: No pipeline can be served from these artifacts, they contradict each other,
+            or the profile cannot serve one of them.
         ValueError: ``output`` is a folder with something else in it.
     """
     plan = plan_model_repository(
@@ -133,8 +128,6 @@ def plan_model_repository(
     version: int = 1,
 ) -> RepositoryPlan:
     """Decide every file of a repository; see ``build_model_repository``."""
-    if profile not in PROFILES:
-        raise ValueError(f"profile {profile!r}, expected one of {PROFILES}")
     if version < 1:
         raise ValueError(f"version is {version}, expected at least 1")
     options = options or ServingOptions()
@@ -248,25 +241,24 @@ def _engine_texts(
     artifact: ModelArtifact, profile: Profile, options: ServingOptions, version: int
 ) -> dict[str, str]:
     contract = artifact.contract
+    serving = engine_serving(artifact, profile)
+    threads = {"python": THREADS_PARAMETER, "onnxruntime": "intra_op_thread_count"}
     settings = ModelSettings(
-        backend="python",
+        serving=serving,
+        engine_file=None if serving.opens_in_python else artifact.path.name,
         batches_requests=contract.is_batched,
         max_queue_delay_us=options.max_queue_delay_us,
         label_outputs=_LABEL_OUTPUTS.get(artifact.model, ()),
         warms_up=True,
-        parameters=((THREADS_PARAMETER, str(options.engine_threads)),),
+        parameters=tuple(
+            (name, str(options.engine_threads))
+            for backend, name in threads.items()
+            if backend == serving.backend
+        ),
         version=version,
     )
     texts = {}
-    if profile == "container":
-        settings = replace(
-            settings,
-            backend="onnxruntime",
-            engine_file=artifact.path.name,
-            instance_kind="KIND_AUTO",
-            parameters=(("intra_op_thread_count", str(options.engine_threads)),),
-        )
-    else:
+    if serving.opens_in_python:
         texts[f"{artifact.model}/{version}/model.py"] = engine_model_py(artifact.model)
     if settings.label_outputs:
         names: tuple[str, ...] = getattr(artifact.parameters, "class_names", ())
@@ -294,12 +286,14 @@ def _clustering_texts(
     models: PipelineModels, config: PipelineConfig, profile: Profile, version: int
 ) -> dict[str, str]:
     contract = engine_contract(PROMPT_CLUSTERING, ClusteringParameters())
-    settings = ModelSettings(backend="python", batches_requests=False, version=version)
+    settings = ModelSettings(
+        serving=EngineServing(backend="python"), batches_requests=False, version=version
+    )
     if profile == "container":
         # On a GPU where there is one; then maps may stay there.
         settings = replace(
             settings,
-            instance_kind="KIND_AUTO",
+            serving=EngineServing(backend="python", instance_kind="KIND_AUTO"),
             parameters=(("FORCE_CPU_ONLY_INPUT_TENSORS", "no"),),
         )
     file = PipelineFile(models=models, config=config, members={})
@@ -322,7 +316,7 @@ def _pipeline_texts(
     # is warmed before its members are there would count as broken. The model warms its own parts
     # when it is loaded, and its members have warm-ups of theirs.
     settings = ModelSettings(
-        backend="python",
+        serving=EngineServing(backend="python"),
         batches_requests=True,
         queue_is_bounded=True,
         instances=options.pipeline_instances,

@@ -15,13 +15,14 @@ import fcntl
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from weaksam_rt.artifacts import ModelArtifact, utc_now
+from weaksam_rt.contracts import PROMPT_CLUSTERING
 from weaksam_rt.errors import (
     ArtifactError,
     ReleaseError,
@@ -46,7 +47,7 @@ from weaksam_rt.live_repository import (
     remove_version,
     version_folders,
     write_config,
-    write_engine_version,
+    write_engine_versions,
     write_pipeline_versions,
 )
 from weaksam_rt.model_control import ModelControl
@@ -58,21 +59,26 @@ Check = Callable[[int], None]
 """Called with the version; raises ``WeakSamError`` where it does not answer as it should."""
 
 
+class Switch(NamedTuple):
+    """From one version of a model to another."""
+
+    old: int
+    new: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Release:
     """What is under way, and all that is needed to undo or finish it."""
 
     action: Literal["release", "rollback"]
-    model: str
-    """The engine."""
     version: int
-    """Of the pipelines, when done."""
-    engine_version: int
-    old_engine_version: int
-    pipelines: Mapping[str, int]
-    """The pipelines that switch, and their versions before."""
+    """What a release writes; the newest of those that a rollback goes back to."""
+    engines: Mapping[str, Switch]
+    """The engines that are exchanged: one, or both halves of SAM."""
+    pipelines: Mapping[str, Switch]
+    """The pipelines that call them."""
     configs: Mapping[str, str]
-    """``config.pbtxt`` of the engine and the pipelines as they were before."""
+    """``config.pbtxt`` of engines and pipelines as they were before."""
     started_at: str
 
     @property
@@ -94,7 +100,7 @@ class ReleaseReport:
 
 def publish(
     repository: Path,
-    artifact: ModelArtifact,
+    artifacts: Sequence[ModelArtifact],
     control: ModelControl,
     *,
     check_engine: Check,
@@ -102,11 +108,12 @@ def publish(
     keep: int = 3,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> ReleaseReport:
-    """Make ``artifact`` the engine that is served, without a request failing.
+    """Make ``artifacts`` the engines that are served, without a request failing.
 
     Args:
         repository: Live; served by the server of ``control``.
-        artifact: Verified against its source and on its task.
+        artifacts: One engine, or SAM's encoder and decoder of one checkpoint; verified against
+            their source and on their task.
         control: The server.
         check_engine: Called while the old version serves and the new engine is loaded beside it.
         watch: Called after the switch, for as long as the new version is on probation.
@@ -115,26 +122,29 @@ def publish(
 
     Raises:
         ReleaseError: A check failed or a version did not load; everything is as it was.
-        ArtifactError: The artifact does not fit the repository; nothing was touched.
+        ArtifactError: The artifacts do not fit the repository or each other; nothing was touched.
     """
     if keep < 2:
         raise ValueError(f"keep is {keep}, expected at least 2")
     with _locked(repository):
         _recover(repository, control)
-        plan = plan_version(repository, artifact)
+        plan = plan_version(repository, artifacts)
         release = Release(
             action="release",
-            model=artifact.model,
             version=plan.version,
-            engine_version=plan.version,
-            old_engine_version=plan.live_engine_version,
-            pipelines=plan.pipelines,
-            configs=_configs(repository, artifact.model, plan.pipelines),
+            engines={
+                name: Switch(engine.live_version, plan.version)
+                for name, engine in plan.engines.items()
+            },
+            pipelines={
+                name: Switch(version, plan.version) for name, version in plan.pipelines.items()
+            },
+            configs=_configs(repository, [*plan.engines, *plan.pipelines]),
             started_at=utc_now(),
         )
 
         def stage() -> None:
-            write_engine_version(repository, plan)
+            write_engine_versions(repository, plan)
             on_step("write engine")
             write_pipeline_versions(repository, plan)
 
@@ -153,13 +163,14 @@ def roll_back(
     watch: Check = lambda version: None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> ReleaseReport:
-    """Serve an earlier version of the pipelines that call ``model``, from the folders kept.
+    """Serve the pipelines that call ``model`` as they were before, from the folders kept.
 
     Args:
         repository: Live.
         model: The engine.
         control: The server.
-        to: The version; None: the one that the last release replaced.
+        to: A version that one of them has had: each goes back to its newest version that is not
+            newer. None: what the last release of ``model`` replaced.
         watch: Called after the switch.
         on_step: Called with the name of each step when it is done.
 
@@ -168,28 +179,14 @@ def roll_back(
     """
     with _locked(repository):
         _recover(repository, control)
-        pipelines = {p: live_version(repository, p) for p in pipelines_of(repository, model)}
-        version = _version_before(repository, model) if to is None else to
-        for pipeline, live in pipelines.items():
-            kept = version_folders(repository, pipeline)
-            if version not in kept or version == live:
-                others = [v for v in kept if v != live] or "none"
-                raise ReleaseError(
-                    f"{pipeline} cannot be rolled back to version {version}: {live} is live, kept "
-                    f"are {others}"
-                )
-        engines = {pipeline_file(repository, p, version).members[model] for p in pipelines}
-        old = engine_versions_needed(repository, model)
-        if len(engines) != 1 or len(old) != 1:
-            raise ReleaseError(f"no single version of {model} belongs to version {version}")
+        pipelines = _switches_back(repository, model, to)
+        engines = _engines_of(repository, pipelines)
         release = Release(
             action="rollback",
-            model=model,
-            version=version,
-            engine_version=engines.pop(),
-            old_engine_version=old[0],
+            version=max(switch.new for switch in pipelines.values()),
+            engines=engines,
             pipelines=pipelines,
-            configs=_configs(repository, model, pipelines),
+            configs=_configs(repository, [*engines, *pipelines]),
             started_at=utc_now(),
         )
         return _run(
@@ -240,8 +237,8 @@ def _run(
         "journal": lambda: _write_journal(repository, release),
         "write pipelines": stage,
         "allow engine": lambda: _allow_both_engines(repository, release),
-        "load engine": lambda: control.load(release.model),
-        "check engine": lambda: check_engine(release.engine_version),
+        "load engine": lambda: _load_engines(release, control),
+        "check engine": lambda: check_engine(release.version),
         "switch": lambda: _switch(repository, release, control),
         "watch": lambda: watch(release.version),
         "commit": lambda: _commit(repository, release),
@@ -257,7 +254,7 @@ def _run(
         if isinstance(error, WeakSamError):
             raise ReleaseError(
                 f"version {release.version} was not released: {error}; version "
-                f"{', '.join(map(str, set(release.pipelines.values())))} is served as before"
+                f"{', '.join(map(str, _old_versions(release)))} is served as before"
             ) from error
         raise
     start = time.perf_counter()
@@ -274,35 +271,44 @@ def _run(
 
 def _check_server(release: Release, control: ModelControl) -> None:
     """Is this the repository's server, and may its models be changed? Nothing is changed yet."""
-    for pipeline, version in release.pipelines.items():
+    for pipeline, switch in release.pipelines.items():
         ready = control.ready_versions(pipeline)
-        if ready != {version}:
+        if ready != {switch.old}:
             raise ReleaseError(
                 f"the server at {control.address} serves {pipeline} in versions "
-                f"{sorted(ready) or 'none'}, the repository says {version}: is it another one's?"
+                f"{sorted(ready) or 'none'}, the repository says {switch.old}: is it another one's?"
             )
-    control.load(release.model)  # nothing changed on disk: nothing is loaded
+    _load_engines(release, control)  # nothing changed on disk: nothing is loaded
+
+
+def _load_engines(release: Release, control: ModelControl) -> None:
+    for model in release.engines:
+        control.load(model)
 
 
 def _allow_both_engines(repository: Path, release: Release) -> None:
-    versions = sorted({release.old_engine_version, release.engine_version})
-    text = engine_config(repository, release.model, versions, release.engine_version)
-    write_config(repository, release.model, text)
+    for model, switch in release.engines.items():
+        versions = sorted({*live_versions(repository, model), switch.new})
+        write_config(repository, model, engine_config(repository, model, versions, switch.new))
 
 
 def _switch(repository: Path, release: Release, control: ModelControl) -> None:
-    for pipeline in release.pipelines:
-        control.load(pipeline, pipeline_config(repository, pipeline, release.version))
+    for pipeline, switch in release.pipelines.items():
+        control.load(pipeline, pipeline_config(repository, pipeline, switch.new))
 
 
 def _commit(repository: Path, release: Release) -> None:
-    for pipeline in release.pipelines:
-        text = pipeline_config(repository, pipeline, release.version)
-        write_config(repository, pipeline, text)
+    for pipeline, switch in release.pipelines.items():
+        write_config(repository, pipeline, pipeline_config(repository, pipeline, switch.new))
 
 
 def _is_committed(repository: Path, release: Release) -> bool:
-    return all(live_version(repository, p) == release.version for p in release.pipelines)
+    """Half committed counts as not: undoing gives every pipeline its config back."""
+    return all(live_version(repository, p) == s.new for p, s in release.pipelines.items())
+
+
+def _old_versions(release: Release) -> list[int]:
+    return sorted({switch.old for switch in release.pipelines.values()})
 
 
 def _finish(
@@ -317,21 +323,22 @@ def _finish(
     entry = {
         "version": release.version,
         "action": release.action,
-        "model": release.model,
-        "replaced": dict(release.pipelines),
+        "models": list(release.engines),
+        "replaced": {pipeline: switch.old for pipeline, switch in release.pipelines.items()},
         "at": release.started_at,
     }
     if entry not in history(repository):
         append_history(repository, entry)
     on_step("history")
     if control is not None:
-        for pipeline, version in release.pipelines.items():
-            if release.version not in control.ready_versions(pipeline):  # found after a kill
+        for pipeline, switch in release.pipelines.items():
+            if switch.new not in control.ready_versions(pipeline):  # found after a kill
                 control.load(pipeline, read_config(repository, pipeline))
-            control.wait_until_gone(pipeline, version)
-    _settle_engine(repository, release.model, control)
+            control.wait_until_gone(pipeline, switch.old)
+    for model in release.engines:
+        _settle_engine(repository, model, control)
     on_step("unload engine")
-    removed = [] if keep is None else prune(repository, release.model, keep)
+    removed = [] if keep is None else prune(repository, list(release.engines), keep)
     on_step("prune")
     (repository / JOURNAL_NAME).unlink()
     return removed
@@ -347,20 +354,21 @@ def _undo(repository: Path, release: Release, control: ModelControl | None) -> N
         except ServerUnavailableError as error:
             _LOGGER.warning("%s; when it starts again it serves the version before", error)
             control = None
-    write_config(repository, release.model, release.configs[release.model])
+    for model in release.engines:
+        write_config(repository, model, release.configs[model])
     if control is not None:
-        control.load(release.model)
+        _load_engines(release, control)
     if release.is_new:
-        for model in (*release.pipelines, release.model):
+        for model in (*release.pipelines, *release.engines):
             remove_version(repository, model, release.version)
     (repository / JOURNAL_NAME).unlink(missing_ok=True)
 
 
 def _take_back(release: Release, control: ModelControl) -> None:
-    for pipeline, version in release.pipelines.items():
-        if control.ready_versions(pipeline) != {version}:
+    for pipeline, switch in release.pipelines.items():
+        if control.ready_versions(pipeline) != {switch.old}:
             control.load(pipeline, release.configs[pipeline])
-        control.wait_until_gone(pipeline, release.version)
+        control.wait_until_gone(pipeline, switch.new)
 
 
 def _settle_engine(repository: Path, model: str, control: ModelControl | None) -> None:
@@ -403,8 +411,11 @@ def _read_journal(repository: Path) -> Release | None:
     if not path.is_file():
         return None
     try:
-        return Release(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        content = json.loads(path.read_text())
+        for kind in ("engines", "pipelines"):
+            content[kind] = {name: Switch(*pair) for name, pair in content[kind].items()}
+        return Release(**content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(
             f"{path} is damaged ({error}); check the configs' version_policy and remove it"
         ) from error
@@ -429,14 +440,76 @@ def _locked(repository: Path) -> Iterator[None]:
         yield
 
 
-def _configs(repository: Path, model: str, pipelines: Mapping[str, int]) -> dict[str, str]:
-    return {name: read_config(repository, name) for name in (model, *pipelines)}
+def _configs(repository: Path, models: Sequence[str]) -> dict[str, str]:
+    return {name: read_config(repository, name) for name in models}
 
 
-def _version_before(repository: Path, model: str) -> int:
-    """The version that the last release of ``model`` replaced."""
+# ---------------------------------------------------------------------------------------------
+# The way back
+# ---------------------------------------------------------------------------------------------
+
+
+def _switches_back(repository: Path, model: str, to: int | None) -> dict[str, Switch]:
+    """The pipelines that go back with ``model``, from what is live to what was.
+
+    Raises:
+        ReleaseError: There is nothing to go back to.
+    """
+    pipelines = pipelines_of(repository, model)
+    live = {pipeline: live_version(repository, pipeline) for pipeline in pipelines}
+    kept = {pipeline: version_folders(repository, pipeline) for pipeline in pipelines}
+    if to is None:
+        replaced = _replaced_by_last_release(repository, model)
+        targets = {p: version for p, version in replaced.items() if p in live}
+    elif any(to in versions for versions in kept.values()):
+        targets = {p: max((v for v in kept[p] if v <= to), default=to) for p in pipelines}
+        targets = {p: version for p, version in targets.items() if version != live[p]}
+    else:
+        targets = dict.fromkeys(pipelines, to)
+    for pipeline, target in targets.items():
+        others = [v for v in kept[pipeline] if v != live[pipeline]]
+        if target not in others:
+            raise ReleaseError(
+                f"{pipeline} cannot be rolled back to version {target}: {live[pipeline]} is live, "
+                f"kept are {others or 'none'}"
+            )
+    if not targets:
+        raise ReleaseError(f"the pipelines of {model} are at version {to} already: {live}")
+    return {p: Switch(live[p], target) for p, target in targets.items()}
+
+
+def _replaced_by_last_release(repository: Path, model: str) -> dict[str, int]:
+    """By pipeline: the version that the last release of ``model`` replaced."""
     entries: list[dict[str, Any]] = history(repository)
-    releases = [e for e in entries if e["model"] == model and e["action"] == "release"]
+    releases = [e for e in entries if model in _models_of(e) and e["action"] == "release"]
     if not releases:
         raise ReleaseError(f"no release of {model} is on record; name a version to go back to")
-    return max(int(version) for version in releases[-1]["replaced"].values())
+    return {pipeline: int(version) for pipeline, version in releases[-1]["replaced"].items()}
+
+
+def _models_of(entry: Mapping[str, Any]) -> list[str]:
+    """What an entry of the history released; older entries name one model."""
+    return entry["models"] if "models" in entry else [entry["model"]]
+
+
+def _engines_of(repository: Path, pipelines: Mapping[str, Switch]) -> dict[str, Switch]:
+    """Every engine that the pipelines call in another version than before.
+
+    Raises:
+        ReleaseError: A pipeline that stays would call another version of one.
+    """
+    engines: dict[str, Switch] = {}
+    for pipeline, switch in pipelines.items():
+        now, then = (pipeline_file(repository, pipeline, v).members for v in switch)
+        changed = {m: Switch(now[m], then[m]) for m in now.keys() & then.keys()}
+        engines |= {m: s for m, s in changed.items() if s.old != s.new and m != PROMPT_CLUSTERING}
+    for model, switch in engines.items():
+        for pipeline in pipelines_of(repository, model):
+            version = pipelines[pipeline].new if pipeline in pipelines else None
+            called = pipeline_file(repository, pipeline, version).members[model]
+            if called != switch.new:
+                raise ReleaseError(
+                    f"going back would take {model} to version {switch.new}, and {pipeline} would "
+                    f"call its version {called}: roll back the later release of {model} first"
+                )
+    return engines

@@ -24,6 +24,7 @@ from weaksam_rt.contracts import (
     Parameters,
     TensorSpec,
 )
+from weaksam_rt.engine_serving import serving_difference
 from weaksam_rt.errors import ArtifactError
 from weaksam_rt.model_config import TRITON_TYPES
 from weaksam_rt.model_repository import (
@@ -133,6 +134,9 @@ def _check_engine(folder: Path, version: Path, config: Any) -> list[str]:
     problems = contract_differences(config, artifact.contract)
     if artifact.model != folder.name:
         problems.append(f"its {MANIFEST_NAME} is that of {artifact.model}")
+    difference = serving_difference(artifact, backend=config.backend, platform=config.platform)
+    if difference is not None:
+        problems.append(difference)
     if config.backend != "python" and config.default_model_filename != artifact.path.name:
         problems.append(f"its config opens {config.default_model_filename!r}, the engine is "
                         f"{artifact.path.name!r}")  # fmt: skip

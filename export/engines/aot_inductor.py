@@ -57,6 +57,8 @@ class AotInductorBuilder:
                 f"{self.engine} builds fp32, got {config.precision}; typed graphs are for the "
                 "engines that read ONNX"
             )
+        if config.refittable:
+            raise ValueError(f"{self.engine} compiles weights in: its packages are not refittable")
         if self.device == "cpu" and config.compute_capabilities:
             raise ValueError(
                 f"a CPU has no compute capability, got {config.compute_capabilities}; leave it out"

@@ -37,6 +37,8 @@ class EngineConfig:
     """Most GPU memory an operator may borrow; None: what the builder chooses."""
     timing_cache: Path | None = None
     """Read and extended where the builder measures kernels: a second build is quicker."""
+    refittable: bool = False
+    """Weights can be exchanged in the built engine (TensorRT's); an ONNX file's always can."""
 
     def __post_init__(self) -> None:
         for capability in self.compute_capabilities:

@@ -10,9 +10,10 @@ from torch import nn
 from export.engines.aot_inductor import AotInductorBuilder
 from export.engines.base import BuiltEngine, EngineBuilder, EngineConfig, EngineSource
 from export.engines.onnx_runtime import OnnxRuntimeBuilder
-from export.engines.tensorrt import TENSORRT, TENSORRT_RTX, TensorRtBuilder
+from export.engines.tensorrt import TensorRtBuilder
 from training.engine.stage import git_commit, package_versions
 from weaksam_rt.artifacts import ModelArtifact, Passport, load_artifact, write_manifest
+from weaksam_rt.backends.tensorrt import TENSORRT, TENSORRT_RTX
 from weaksam_rt.errors import ArtifactError
 
 BUILDERS: Mapping[str, EngineBuilder] = {
@@ -23,7 +24,6 @@ BUILDERS: Mapping[str, EngineBuilder] = {
     "aot-inductor": AotInductorBuilder(device="cpu"),
     "aot-inductor-cuda": AotInductorBuilder(device="cuda"),
 }
-_TRITON_PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 
 
 def builder_for(engine: str) -> EngineBuilder:
@@ -31,21 +31,6 @@ def builder_for(engine: str) -> EngineBuilder:
     if engine not in BUILDERS:
         raise ValueError(f"no engine is called {engine!r}; choose one of {', '.join(BUILDERS)}")
     return BUILDERS[engine]
-
-
-def triton_platform(artifact: ModelArtifact) -> str:
-    """The platform under which Triton's own backends serve ``artifact``.
-
-    Raises:
-        ArtifactError: None of them can, and what can.
-    """
-    if artifact.engine not in _TRITON_PLATFORMS:
-        raise ArtifactError(
-            f"{artifact.path} is for {artifact.engine}: no Triton platform reads it "
-            "(tensorrt_plan takes plans of TensorRT itself only); serve an engine of "
-            f"{' or '.join(_TRITON_PLATFORMS)}, or this one from a Python backend"
-        )
-    return _TRITON_PLATFORMS[artifact.engine]
 
 
 def build_engine(
@@ -88,7 +73,7 @@ def build_engine(
         model=source.model,
         engine=builder.engine,
         parameters=source.parameters,
-        provenance=_passport(source, builder.engine, built),
+        provenance=_passport(source, builder.engine, built, refittable=config.refittable),
     )
 
 
@@ -104,7 +89,9 @@ def exported_onnx(models: Path) -> list[ModelArtifact]:
     return [load_artifact(folder) for folder in folders]
 
 
-def _passport(source: ModelArtifact, engine: str, built: BuiltEngine) -> Passport:
+def _passport(
+    source: ModelArtifact, engine: str, built: BuiltEngine, *, refittable: bool
+) -> Passport:
     """The model's passport, and what the builder added to it."""
     origin = source.passport
     of_model = {key: getattr(origin, key) for key in ("exporter", "parity", "tolerance", "commit")}
@@ -115,6 +102,6 @@ def _passport(source: ModelArtifact, engine: str, built: BuiltEngine) -> Passpor
         precision=built.precision,
         compute_capabilities=built.compute_capabilities,
         profiles=tuple(asdict(profile) for profile in built.profiles),
-        exporter={"name": engine, "seconds": built.build_s},
+        exporter={"name": engine, "seconds": built.build_s, "refittable": refittable},
         notes={"onnx": {"sha256": source.sha256, **of_model}},
     )

@@ -5,7 +5,6 @@ the GPU it builds for; TensorRT-RTX builds ahead of time on any machine and fini
 plan of one is not a plan of the other.
 """
 
-import importlib
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -26,47 +25,13 @@ from export.engines.base import (
 from export.engines.profiles import Profile, default_profiles
 from export.onnx_files import save_onnx
 from export.portable_graph import portable_model
+from export.refit import tensorrt_refit_refusal
+from weaksam_rt.backends.tensorrt import TensorRtFamily, collecting_logger, load_tensorrt
 from weaksam_rt.errors import BackendUnavailableError
 from weaksam_rt.files import atomic_path
 
 _FP32_ONLY = {"bf16": frozenset({"ConvTranspose"})}
 """Operators that TensorRT-RTX 1.7 does not build in a precision."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorRtFamily:
-    """What differs between the two."""
-
-    engine: str
-    file_name: str
-    modules: tuple[str, ...]
-    """Where the Python API is, first choice first."""
-    install: str
-    """What to do where it is not."""
-    builds_ahead_of_time: bool
-    """For GPUs that are not here; else for the one that is."""
-    major_versions: tuple[int, ...]
-    """With which this builder has been written to work."""
-
-
-TENSORRT = TensorRtFamily(
-    engine="tensorrt",
-    file_name="model.plan",
-    modules=("tensorrt",),
-    install="install TensorRT 10 or 11 with its builder (NVIDIA's package index or container), or "
-    "build with --engine tensorrt-rtx",
-    builds_ahead_of_time=False,
-    major_versions=(10, 11),
-)
-TENSORRT_RTX = TensorRtFamily(
-    engine="tensorrt-rtx",
-    # Not .plan: Triton's tensorrt_plan platform cannot read it.
-    file_name="model.rtx_engine",
-    modules=("tensorrt_rtx", "tensorrt_rtx_bindings"),
-    install="pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
-    builds_ahead_of_time=True,
-    major_versions=(1,),
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +52,10 @@ class TensorRtBuilder:
 
     def check(self, config: EngineConfig) -> None:
         """See ``EngineBuilder``."""
-        trt = _load(self.family)
+        trt = load_tensorrt(self.family, needs="Builder")
+        refusal = tensorrt_refit_refusal(trt.__version__) if config.refittable else None
+        if refusal is not None:
+            raise BackendUnavailableError(refusal)
         if self.family.builds_ahead_of_time:
             _check_targets(trt, self.family, config)
         else:
@@ -96,14 +64,14 @@ class TensorRtBuilder:
     def build(self, source: EngineSource, config: EngineConfig, path: Path) -> BuiltEngine:
         """See ``EngineBuilder``."""
         self.check(config)
-        trt = _load(self.family)
+        trt = load_tensorrt(self.family, needs="Builder")
         profiles = config.profiles or default_profiles(source.contract)
         for profile in profiles:
             profile.check(source.contract)
         start = time.perf_counter()
         kept = _FP32_ONLY.get(config.precision, frozenset())
         graph = typed_graph(source, config, keep_op_types=kept)
-        log, complaints = _collecting_logger(trt)
+        log, complaints = collecting_logger(trt)
         builder = trt.Builder(log)
         network = builder.create_network(_network_flags(trt))
         parser = trt.OnnxParser(network, log)
@@ -115,6 +83,12 @@ class TensorRtBuilder:
             raise self._refusal(source, "read the graph of", complaints)
         settings = self._settings(trt, builder, config, profiles)
         plan = builder.build_serialized_network(network, settings)
+        if plan is None and config.refittable and not torch.cuda.is_available():
+            # TensorRT-RTX 1.7, tried: not with REFIT, nor with REFIT_INDIVIDUAL and one weight.
+            raise BackendUnavailableError(
+                f"{self.engine} {trt.__version__} builds no refittable engine without a GPU "
+                f"({_last(complaints)}); build it where one is, or not refittable"
+            )
         if plan is None:
             raise self._refusal(source, "build", complaints)
         _keep_timing_cache(settings, config)
@@ -131,16 +105,17 @@ class TensorRtBuilder:
     def _refusal(
         self, source: EngineSource, what: str, complaints: Sequence[str]
     ) -> EngineBuildError:
-        reason = " ".join((complaints[-1] if complaints else "no reason given").split())
         return EngineBuildError(
-            f"{self.engine} cannot {what} {source.contract.name}: {reason[:500]}; export it with "
-            "operators that the engine has, or serve it with onnxruntime"
+            f"{self.engine} cannot {what} {source.contract.name}: {_last(complaints)}; export it "
+            "with operators that the engine has, or serve it with onnxruntime"
         )
 
     def _settings(
         self, trt: Any, builder: Any, config: EngineConfig, profiles: tuple[Profile, ...]
     ) -> Any:
         settings = builder.create_builder_config()
+        if config.refittable:
+            settings.set_flag(trt.BuilderFlag.REFIT)
         if config.workspace_bytes is not None:
             settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_bytes)
         if self.family.builds_ahead_of_time:
@@ -158,6 +133,10 @@ class TensorRtBuilder:
         return settings
 
 
+def _last(complaints: Sequence[str]) -> str:
+    return " ".join((complaints[-1] if complaints else "no reason given").split())[:500]
+
+
 def this_gpu() -> str:
     """Compute capability of this machine's first GPU.
 
@@ -168,28 +147,6 @@ def this_gpu() -> str:
         raise BackendUnavailableError("no CUDA device is visible on this machine")
     major, minor = torch.cuda.get_device_capability(0)
     return f"{major}.{minor}"
-
-
-def _load(family: TensorRtFamily) -> ModuleType:
-    reasons = []
-    for name in family.modules:
-        try:
-            trt = importlib.import_module(name)
-        except (ImportError, OSError, RuntimeError) as error:
-            reasons.append(f"{name}: {str(error).splitlines()[0]}")
-            continue
-        if not hasattr(trt, "Builder"):
-            reasons.append(f"{name} has no builder")
-            continue
-        if int(trt.__version__.split(".")[0]) not in family.major_versions:
-            raise BackendUnavailableError(
-                f"{family.engine} {trt.__version__} is installed, this builder works with "
-                f"{family.major_versions}; {family.install}"
-            )
-        return trt
-    raise BackendUnavailableError(
-        f"{family.engine} is not usable here ({'; '.join(reasons)}); {family.install}"
-    )
 
 
 def _check_targets(trt: ModuleType, family: TensorRtFamily, config: EngineConfig) -> None:
@@ -247,18 +204,3 @@ def _keep_timing_cache(settings: Any, config: EngineConfig) -> None:
     if config.timing_cache is not None:
         with atomic_path(config.timing_cache) as temporary:
             temporary.write_bytes(memoryview(settings.get_timing_cache().serialize()))
-
-
-def _collecting_logger(trt: Any) -> tuple[Any, list[str]]:
-    """A logger for the library and the errors it will have been told, newest last."""
-    errors: list[str] = []
-
-    class Collector(trt.ILogger):  # type: ignore[misc]  # the base is chosen at run time
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                errors.append(message)
-
-    return Collector(), errors

@@ -32,6 +32,7 @@ from benchmarks.soak import SoakConfig, memory_grew, soak
 from tests.integration.pictures import JPEG
 from weaksam_rt.client.messages import Call, detect_call, infer_request
 from weaksam_rt.contracts import DETECTOR, ModelContract, TensorSpec
+from weaksam_rt.engine_serving import EngineServing
 from weaksam_rt.model_config import ModelSettings, ServingOptions, config_text
 from weaksam_rt.model_repository import ExportedModels, load_exported_models
 from weaksam_rt.server import EmbeddedServer
@@ -73,7 +74,7 @@ class TritonPythonModel:
 def stalling_server(tmp_path_factory):
     repository = tmp_path_factory.mktemp("stalling") / "models"
     (repository / STALLING.name / "1").mkdir(parents=True)
-    settings = ModelSettings(backend="python", batches_requests=True)
+    settings = ModelSettings(serving=EngineServing(backend="python"), batches_requests=True)
     text = config_text(STALLING, settings, ServingOptions())
     (repository / STALLING.name / "config.pbtxt").write_text(text)
     (repository / STALLING.name / "1" / "model.py").write_text(_MODEL_PY)

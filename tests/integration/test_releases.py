@@ -136,11 +136,11 @@ def test_under_load_no_request_fails_and_every_answer_is_of_one_version(live, ol
 
     with Load(server.grpc_address) as load:
         for artifact, class_names in ((new, NEW), (old, OLD), (new, NEW)):
-            report = publish(repository, artifact, control, check_engine=nothing, watch=nothing)
+            report = publish(repository, [artifact], control, check_engine=nothing, watch=nothing)
             names[report.release.version] = class_names
         last = report.release.version
         with pytest.raises(ReleaseError, match=rf"does not please; version {last} is served"):
-            publish(repository, old, control, check_engine=nothing, watch=no_good)
+            publish(repository, [old], control, check_engine=nothing, watch=no_good)
         names[last + 1] = OLD
         time.sleep(0.5)
     assert load.errors == []
@@ -157,7 +157,7 @@ def test_under_load_no_request_fails_and_every_answer_is_of_one_version(live, ol
 def test_a_rollback_serves_the_version_before_and_another_leads_on(live, old, new):
     repository, server, control = live
     before = live_version(repository, DETECT)
-    released = publish(repository, old, control, check_engine=nothing, watch=nothing)
+    released = publish(repository, [old], control, check_engine=nothing, watch=nothing)
     roll_back(repository, DETECTOR, control)
     with WeakSamClient(server.grpc_address) as client:
         result = client.detect(PNG)
@@ -184,7 +184,7 @@ def test_an_engine_that_does_not_load_changes_nothing(live, old, tmp_path):
         provenance={},
     )
     with pytest.raises(ReleaseError, match=rf"ONNX Runtime cannot open.*version {before} is"):
-        publish(repository, broken, control, check_engine=nothing, watch=nothing)
+        publish(repository, [broken], control, check_engine=nothing, watch=nothing)
     with WeakSamClient(server.grpc_address) as client:
         assert client.detect(PNG).version == before
     assert check_model_repository(repository) == []
@@ -193,8 +193,8 @@ def test_an_engine_that_does_not_load_changes_nothing(live, old, tmp_path):
 
 def test_the_list_of_models_says_what_changed(live, old, new, capsys):
     repository, server, control = live
-    report = publish(repository, old, control, check_engine=nothing, watch=nothing)
-    report = publish(repository, new, control, check_engine=nothing, watch=nothing)
+    report = publish(repository, [old], control, check_engine=nothing, watch=nothing)
+    report = publish(repository, [new], control, check_engine=nothing, watch=nothing)
     version = report.release.version
     with WeakSamClient(server.grpc_address) as client:
         served = {(m.name, int(m.version)): m for m in client.models() if m.is_ready}
@@ -224,18 +224,17 @@ def observed(live, new):
     """One release with the same class names as the live version, and what was seen on its way."""
     repository, server, control = live
     if pipeline_file(repository, DETECT).models.detector.class_names != NEW:
-        publish(repository, new, control, check_engine=nothing, watch=nothing)
+        publish(repository, [new], control, check_engine=nothing, watch=nothing)
     seen = {"steps": [], "before": engines_started(server)}
 
     def try_another(version):
         del version
         with pytest.raises(ReleaseError) as refused:
-            publish(repository, new, control, check_engine=nothing, watch=nothing)
+            publish(repository, [new], control, check_engine=nothing, watch=nothing)
         seen["second"] = str(refused.value)
         seen["recovered"] = recover(repository, control)
 
-    publish(
-        repository, new, control, check_engine=try_another, watch=nothing, keep=2,
+    publish(repository, [new], control, check_engine=try_another, watch=nothing, keep=2,
         on_step=seen["steps"].append,
     )  # fmt: skip
     return {**seen, "after": engines_started(server), "repository": repository}
@@ -282,7 +281,7 @@ def on_step(step):
         os.kill(os.getpid(), 9)
 
 with ModelControl(address) as control:
-    publish(Path(repository), load_artifact(Path(artifact)), control, check_engine=lambda v: None,
+    publish(Path(repository), [load_artifact(Path(artifact))], control, check_engine=lambda v: None,
             watch=lambda v: None, on_step=on_step)
 """
 
@@ -341,7 +340,7 @@ def test_a_server_of_another_repository_is_refused(server, live, new):
         ModelControl(server.grpc_address) as control,
         pytest.raises(ReleaseError, match=r"serves weaksam_detect in versions \[1\]"),
     ):
-        publish(repository, new, control, check_engine=nothing, watch=nothing)
+        publish(repository, [new], control, check_engine=nothing, watch=nothing)
     assert not (repository / JOURNAL_NAME).exists()
 
 
@@ -391,10 +390,10 @@ def test_a_server_that_fixes_its_models_says_how_to_allow_releases(
         ModelControl(server.grpc_address) as control,
         pytest.raises(WeakSamError, match="--allow-releases"),
     ):
-        publish(repository, artifact, control, check_engine=nothing, watch=nothing)
+        publish(repository, [artifact], control, check_engine=nothing, watch=nothing)
     with (
         ModelControl("127.0.0.1:9") as nobody,
         pytest.raises(ServerUnavailableError, match="no server answers"),
     ):
-        publish(repository, artifact, nobody, check_engine=nothing, watch=nothing)
+        publish(repository, [artifact], nobody, check_engine=nothing, watch=nothing)
     assert version_folders(repository, DETECTOR) == [1]

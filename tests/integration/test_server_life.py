@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from export.engines.base import EngineConfig
+from export.engines.build import build_engine
 from tests.integration.pictures import PNG
+from tests.unit.export.toy_models import export_toy_detector
 from weaksam_rt.artifacts import write_manifest
 from weaksam_rt.client import ClientConfig, ClientTls, WeakSamClient
 from weaksam_rt.contracts import DETECTOR
@@ -112,6 +115,29 @@ def test_patient_clients_get_through_a_full_queue(secure_server, certificate):
     with WeakSamClient(secure_server.grpc_address, config) as client:
         outcomes = list(client.detect_many([PNG] * 24, max_in_flight=4))
     assert all(len(outcome.unwrap()) == 2 for outcome in outcomes)
+
+
+def test_an_engine_for_another_machine_is_refused_by_name_when_the_server_starts(
+    tmp_path, toy_rtx_engine, config
+):
+    """On a machine without a GPU for lack of one, on others for its compute capability."""
+    build_model_repository([toy_rtx_engine], tmp_path / "r", profile="embedded", config=config)
+    with (
+        pytest.raises(
+            ServerUnavailableError,
+            match=r"did not start.*model.rtx_engine was built for compute capability 12.1, this",
+        ),
+        EmbeddedServer(tmp_path / "r"),
+    ):
+        pass
+
+
+@pytest.fixture(scope="module")
+def toy_rtx_engine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rtx")
+    source = export_toy_detector(folder / "onnx")
+    spark = EngineConfig(compute_capabilities=("12.1",))
+    return build_engine(source, folder / "engine", engine="tensorrt-rtx", config=spark)
 
 
 def test_a_broken_engine_is_named_when_the_server_does_not_start(tmp_path, detector, config):

@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 import weaksam_rt.server
 from weaksam_rt.cli._serve import serve
-from weaksam_rt.model_repository import CONTAINER_IMAGE, CONTAINER_PYTHON
+from weaksam_rt.engine_serving import CONTAINER_IMAGE, CONTAINER_PYTHON
 from weaksam_rt.repository_check import read_model_config
 
 ROOT = Path(__file__).parents[2]

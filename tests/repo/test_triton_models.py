@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from weaksam_rt.model_repository import PROFILES, load_exported_models, write_repository_snapshot
+from weaksam_rt.engine_serving import PROFILES
+from weaksam_rt.model_repository import load_exported_models, write_repository_snapshot
 from weaksam_rt.repository_check import check_model_repository
 
 ROOT = Path(__file__).parents[2]

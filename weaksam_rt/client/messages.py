@@ -210,13 +210,13 @@ def infer_request(contract: ModelContract, inputs: Arrays) -> Any:
     """A ``ModelInferRequest`` for one image.
 
     Args:
-        contract: The model's; its batch axis is added here.
+        contract: The model's; its batch axis, where it has one, is added here.
         inputs: Arrays without batch axis.
 
     Raises:
         ContractError: An array does not fit the contract.
     """
-    batch = {name: array[None] for name, array in inputs.items()}
+    batch = {n: array[None] if contract.is_batched else array for n, array in inputs.items()}
     contract.check_inputs(batch)
     request = service_pb2.ModelInferRequest(model_name=contract.name)
     for name, array in batch.items():
@@ -244,7 +244,7 @@ def arrays_from_response(contract: ModelContract, response: Any) -> dict[str, ND
             "client's; install the same version of weaksam-rt on both sides"
         )
     contract.check_outputs(arrays)
-    return {name: array[0] for name, array in arrays.items()}
+    return {name: array[0] if contract.is_batched else array for name, array in arrays.items()}
 
 
 def served_models(

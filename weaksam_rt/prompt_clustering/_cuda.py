@@ -15,26 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from weaksam_rt.errors import ArtifactError, BackendUnavailableError, InferenceError
+from weaksam_rt.cuda_driver import CudaDevice, DeviceArena, aligned_offsets
+from weaksam_rt.errors import ArtifactError, BackendUnavailableError
 from weaksam_rt.prompt_clustering._nvrtc import kernel_cubin
 from weaksam_rt.prompt_clustering._plan import Argument, Launch, Plan
 from weaksam_rt.prompt_clustering._prebuilt import prebuilt_kernels
 from weaksam_rt.prompt_clustering.device_arrays import DeviceArray, JoinedArrays
 
 _LOGGER = logging.getLogger(__name__)
-_ALIGNMENT = 256
-"""Bytes; what cudaMalloc promises, so that every buffer starts on a memory transaction."""
 # Numbers of the driver's enums.
-_COMPUTE_CAPABILITY_MAJOR = 75
-_COMPUTE_CAPABILITY_MINOR = 76
 _MAX_DYNAMIC_SHARED_BYTES = 8
-_OUT_OF_MEMORY = 2
 _POINTER_DEVICE_ORDINAL = 9
 _EVENT_WITHOUT_TIMING = 2
 _CAPTURE_THREAD_LOCAL = 1
 _SURE_SHARED_BYTES = 32 * 1024
 """So much dynamic shared memory needs no permission: 48 KiB less any kernel's static part."""
-_STREAM_NON_BLOCKING = 1
 
 
 def kernel_codes(architecture: str) -> Iterator[tuple[str, bytes]]:
@@ -56,22 +51,14 @@ class CudaExecutor:
             BackendUnavailableError: No driver, no such GPU, no NVRTC, or one that is too new for
                 the driver or too old for the GPU.
         """
-        self._driver = _open_driver()
-        self._device = device
+        self._gpu = CudaDevice(device)
+        self._call, self._stream = self._gpu.call, self._gpu.stream
         self._lock = threading.Lock()
-        handle = ctypes.c_int()
-        status = self._driver.cuDeviceGet(ctypes.byref(handle), device)
-        if status != 0:
-            raise BackendUnavailableError(f"no GPU {device}: {self._message(status)}")
-        architecture = self._architecture(handle)
-        self._context = ctypes.c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), handle)
-        self._module, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
+        self._module = ctypes.c_void_p()
         self._functions: dict[str, ctypes.c_void_p] = {}
-        self._arena, self._arena_bytes = ctypes.c_uint64(0), 0
-        with self._current():
-            self._load_module(architecture)
-            self._call("cuStreamCreate", ctypes.byref(self._stream), _STREAM_NON_BLOCKING)
+        self._arena = DeviceArena(self._gpu)
+        with self._gpu.current():
+            self._load_module("sm_{}{}".format(*self._gpu.compute_capability))
 
     def run(self, plan: Plan) -> dict[str, NDArray[Any]]:
         """The plan's outputs, after all launches.
@@ -79,7 +66,7 @@ class CudaExecutor:
         Raises:
             InferenceError: The GPU refused or failed; its memory may be too small for the batch.
         """
-        with self._lock, self._current():
+        with self._lock, self._gpu.current():
             loaded = LoadedPlan(self, plan)
             loaded.launch()
             return loaded.outputs()
@@ -87,7 +74,7 @@ class CudaExecutor:
     @contextmanager
     def loaded(self, plan: Plan) -> Iterator["LoadedPlan"]:
         """The plan with its inputs on the GPU, to launch it again and again."""
-        with self._lock, self._current():
+        with self._lock, self._gpu.current():
             yield LoadedPlan(self, plan)
 
     def _load(self, plan: Plan) -> dict[str, int]:
@@ -100,19 +87,12 @@ class CudaExecutor:
         for _, lent in [*on_gpu.items(), *parts]:
             self._wait_for(lent.stream)
         offsets, input_bytes, total = _layout(plan)
-        self._reserve(total)
+        base = self._arena.reserve(total)
         staging = np.zeros(input_bytes, np.uint8)
         for name, array in plan.inputs.items():
             if isinstance(array, np.ndarray):
                 _write(staging, offsets[name], array)
-        base = int(self._arena.value)
-        self._call(
-            "cuMemcpyHtoDAsync_v2",
-            ctypes.c_uint64(base),
-            ctypes.c_void_p(staging.ctypes.data),
-            ctypes.c_size_t(input_bytes),
-            self._stream,
-        )
+        self._gpu.copy_in(base, staging)
         # The copy has left pageable memory when the call returns.
         addresses = {name: base + offset for name, offset in offsets.items()}
         for name, together in joined.items():
@@ -141,18 +121,17 @@ class CudaExecutor:
         device = array.device
         if device is None and array.nbytes:
             found = ctypes.c_int()
-            status = self._driver.cuPointerGetAttribute(
+            status = self._gpu.driver.cuPointerGetAttribute(
                 ctypes.byref(found), _POINTER_DEVICE_ORDINAL, ctypes.c_uint64(array.address)
             )
             if status != 0:
-                raise ValueError(
-                    f"{name}: no GPU knows the address {array.address:#x}: {self._message(status)}"
-                )
+                reason = self._gpu.message(status)
+                raise ValueError(f"{name}: no GPU knows the address {array.address:#x}: {reason}")
             device = found.value
-        if device is not None and device != self._device:
+        ours = self._gpu.ordinal
+        if device is not None and device != ours:
             raise ValueError(
-                f"{name} lies on cuda:{device}, the kernels run on cuda:{self._device}: copy it "
-                "there"
+                f"{name} lies on cuda:{device}, the kernels run on cuda:{ours}: copy it there"
             )
 
     def _wait_for(self, stream: int | None) -> None:
@@ -173,19 +152,13 @@ class CudaExecutor:
         for name in plan.outputs:
             buffer = plan.buffers[name]
             outputs[name] = np.empty(buffer.shape, buffer.dtype)
-            self._call(
-                "cuMemcpyDtoHAsync_v2",
-                ctypes.c_void_p(outputs[name].ctypes.data),
-                ctypes.c_uint64(addresses[name]),
-                ctypes.c_size_t(outputs[name].nbytes),
-                self._stream,
-            )
+            self._gpu.copy_out(outputs[name], addresses[name])
         self.synchronize()
         return outputs
 
     def synchronize(self) -> None:
         """Wait for everything launched."""
-        self._call("cuStreamSynchronize", self._stream)
+        self._gpu.synchronize()
 
     def _prepare(self, launch: Launch, addresses: Mapping[str, int]) -> "_PreparedLaunch":
         function = self._function(launch.kernel)
@@ -206,66 +179,22 @@ class CudaExecutor:
             self._functions[name] = function
         return self._functions[name]
 
-    def _reserve(self, num_bytes: int) -> None:
-        """Grow the one allocation that holds a plan's arrays; it stays for the next plan."""
-        if num_bytes <= self._arena_bytes:
-            return
-        if self._arena_bytes:
-            self._call("cuMemFree_v2", self._arena)
-            self._arena_bytes = 0
-        status = self._driver.cuMemAlloc_v2(ctypes.byref(self._arena), ctypes.c_size_t(num_bytes))
-        if status == _OUT_OF_MEMORY:
-            raise InferenceError(
-                f"the batch needs {num_bytes} bytes of GPU memory, which are not free: send fewer "
-                "images"
-            )
-        self._check(status, "cuMemAlloc")
-        self._arena_bytes = num_bytes
-
     def _load_module(self, architecture: str) -> None:
         """The first of the prebuilt kernels and NVRTC's that the driver takes."""
         refused = []
         try:
             for name, code in kernel_codes(architecture):
-                status = self._driver.cuModuleLoadData(ctypes.byref(self._module), code)
+                status = self._gpu.driver.cuModuleLoadData(ctypes.byref(self._module), code)
                 if status == 0:
                     _LOGGER.info("prompt kernels for %s: %s", architecture, name)
                     return
-                refused.append(f"{name}: {self._message(status)}")
+                refused.append(f"{name}: {self._gpu.message(status)}")
         except (ArtifactError, BackendUnavailableError) as error:
             refused.append(str(error))
         raise BackendUnavailableError(
             f"no kernels for this GPU ({architecture}): {'; '.join(refused)}. Update the driver, "
             "or install the NVRTC of the driver's CUDA version"
         )
-
-    def _architecture(self, device: ctypes.c_int) -> str:
-        values = []
-        for attribute in (_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR):
-            value = ctypes.c_int()
-            self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
-            values.append(value.value)
-        return f"sm_{values[0]}{values[1]}"
-
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        self._call("cuCtxPushCurrent_v2", self._context)
-        try:
-            yield
-        finally:
-            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        self._check(getattr(self._driver, name)(*arguments), name)
-
-    def _check(self, status: int, name: str) -> None:
-        if status != 0:
-            raise InferenceError(f"{name}: {self._message(status)}")
-
-    def _message(self, status: int) -> str:
-        text = ctypes.c_char_p()
-        self._driver.cuGetErrorString(status, ctypes.byref(text))
-        return text.value.decode() if text.value else f"CUDA error {status}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -323,31 +252,20 @@ def _layout(plan: Plan) -> tuple[dict[str, int], int, int]:
     """Offset of every array without a place of its own, bytes of the host's inputs (which stand
     first), bytes of all.
     """
-    offsets, position = {}, 0
-    for name, array in plan.inputs.items():
-        if isinstance(array, np.ndarray):
-            offsets[name] = position
-            position = _aligned(position + array.nbytes)
-    input_bytes = position
-    for name, array in plan.inputs.items():
-        if isinstance(array, JoinedArrays):
-            offsets[name] = position
-            position = _aligned(position + array.nbytes)
+    on_host = {n: a.nbytes for n, a in plan.inputs.items() if isinstance(a, np.ndarray)}
+    sizes = on_host | {n: a.nbytes for n, a in plan.inputs.items() if isinstance(a, JoinedArrays)}
     for name, buffer in plan.buffers.items():
-        offsets[name] = position
-        size = int(np.prod(buffer.shape, dtype=np.int64)) * np.dtype(buffer.dtype).itemsize
-        position = _aligned(position + size)
-    return offsets, input_bytes, position
+        items = int(np.prod(buffer.shape, dtype=np.int64))
+        sizes[name] = items * np.dtype(buffer.dtype).itemsize
+    offsets, total = aligned_offsets(list(sizes.values()))
+    _, input_bytes = aligned_offsets(list(on_host.values()))
+    return dict(zip(sizes, offsets, strict=True)), input_bytes, total
 
 
 def _write(staging: NDArray[np.uint8], offset: int, array: NDArray[Any]) -> None:
     if array.size:
         content = np.ascontiguousarray(array).view(np.uint8).ravel()
         staging[offset : offset + array.nbytes] = content
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _as_ctypes(argument: Argument, addresses: Mapping[str, int]) -> Any:
@@ -358,14 +276,3 @@ def _as_ctypes(argument: Argument, addresses: Mapping[str, int]) -> Any:
         return (ctypes.c_uint64 * len(argument))(*[addresses[name] for name in argument])
     content = argument.tobytes()
     return ctypes.create_string_buffer(content, len(content))
-
-
-def _open_driver() -> ctypes.CDLL:
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise BackendUnavailableError(f"no NVIDIA driver: {error}") from error
-    status = driver.cuInit(0)
-    if status != 0:
-        raise BackendUnavailableError(f"the NVIDIA driver does not start: CUDA error {status}")
-    return driver

@@ -7,8 +7,8 @@ from typing import Any
 
 from weaksam_rt.artifacts import load_artifact
 from weaksam_rt.backends.base import Arrays
+from weaksam_rt.backends.engines import open_engine
 from weaksam_rt.backends.local import ModelFunction
-from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 from weaksam_rt.contracts import ModelContract
 from weaksam_rt.model_config import THREADS_PARAMETER
 from weaksam_rt.serving.batching import split_batch, stack_batch
@@ -23,10 +23,11 @@ class EngineModel:
         artifact = load_artifact(Path(args["model_repository"]) / args["model_version"])
         parameters = json.loads(args["model_config"])["parameters"]
         self._contract = artifact.contract
-        self._model: ModelFunction = OnnxRuntimeModel(
+        on_gpu = args["model_instance_kind"] == "GPU"
+        self._model = open_engine(
             artifact,
             num_threads=int(parameters[THREADS_PARAMETER]["string_value"]),
-            rows_side_by_side=True,
+            device=int(args["model_instance_device_id"]) if on_gpu else 0,
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.agreement import agreement, worst
-from export.task_metrics import detector_ap50, image_inputs, sam_mask_iou, spread
+from export.agreement import agreement, prompt_agreement, worst
+from export.task_metrics import (
+    classifier_tag_ap,
+    detector_ap50,
+    image_inputs,
+    sam_mask_iou,
+    spread,
+)
 from training.data.coco import CocoFolder, ImageRecord
 from weaksam_rt.contracts import (
     DETECTOR,
@@ -13,6 +19,7 @@ from weaksam_rt.contracts import (
     SAM_MASK_DECODER,
     DetectorParameters,
     SamParameters,
+    VitClassifierParameters,
 )
 from weaksam_rt.preprocessing import longest_side_frame
 
@@ -141,3 +148,60 @@ def test_inputs_of_image_models_are_a_batch_of_one(folder):
 def test_spread_keeps_the_ends(folder):
     assert [r.image_id for r in spread(folder, 2).records] == [0, 2]
     assert spread(folder, 9) is folder
+
+
+_CLASSIFIER = VitClassifierParameters(
+    image_size=32, map_size=6, num_cross_maps=1, class_names=("b", "z", "a")
+)
+
+
+def test_tags_are_ranked_by_name_and_an_unknown_class_counts_as_missed(folder):
+    """Three pictures of class a; the classifier says it of the brightest."""
+
+    def run(inputs, outputs=None):
+        assert outputs == ["logits"]
+        surest = float(inputs["image"].max())
+        return {"logits": np.array([[9.0, 9.0, surest]], np.float32)}
+
+    assert classifier_tag_ap(run, _CLASSIFIER, folder) == {"tag AP": 1.0}
+    blind = VitClassifierParameters(
+        image_size=32, map_size=6, num_cross_maps=1, class_names=("b", "z", "c")
+    )
+    assert classifier_tag_ap(run, blind, folder) == {"tag AP": 0.0}
+    nothing = CocoFolder(
+        root=folder.root, class_names=("c",), category_ids=(3,),
+        records=tuple(_without_tags(record) for record in folder.records),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="has a tag"):
+        classifier_tag_ap(run, _CLASSIFIER, nothing)
+
+
+def _without_tags(record):
+    return ImageRecord(
+        image_id=record.image_id, path=record.path, image_size=record.image_size,
+        boxes=np.zeros((0, 4), np.float32), labels=np.zeros(0, np.int64),
+        is_crowd=np.zeros(0, bool), segmentations=(),
+    )  # fmt: skip
+
+
+def _maps(peaks, logits=(1.0, -3.0)):
+    """An answer of the classifier with one peak of its first class in each map."""
+    maps = np.zeros((1, 2, 6, 6), np.float32)
+    for row, column in peaks:
+        maps[0, 0, row, column] = 1
+    return {
+        "logits": np.array([logits], np.float32),
+        "coarse_maps": maps,
+        "fine_maps": maps,
+        "cross_maps": maps[:, None],
+    }
+
+
+def test_prompts_that_both_answers_give_are_common():
+    one = _maps([(1, 1)])
+    assert prompt_agreement(one, one) == 1.0
+    assert prompt_agreement(one, _maps([(4, 4)])) == 0.0
+    assert 0 < prompt_agreement(one, _maps([(1, 1), (4, 4)])) < 1
+    unseen = _maps([(1, 1)], logits=(-3.0, -3.0))
+    assert prompt_agreement(one, unseen) == 0.0
+    assert prompt_agreement(unseen, unseen) == 1.0

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from export.__main__ import engines
 from export.engines.aot_inductor import AotInductorModel
 from export.engines.base import EngineBuildError, EngineConfig
-from export.engines.build import BUILDERS, build_engine, builder_for, triton_platform
+from export.engines.build import BUILDERS, build_engine, builder_for
 from export.engines.profiles import Profile, ShapeRange, default_profiles
 from export.exportable import example_inputs
 from export.mixed_precision import KeepFp32
@@ -29,6 +29,7 @@ from weaksam_rt.contracts import (
     detector_contract,
     engine_contract,
 )
+from weaksam_rt.engine_serving import engine_serving
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError
 
 _ADA = EngineConfig(compute_capabilities=("8.9",))
@@ -71,12 +72,11 @@ def test_an_rtx_plan_is_never_a_triton_tensorrt_plan(toy, tmp_path):
     config = dataclasses.replace(_ADA, profiles=_WIDE)
     artifact = build_engine(toy, tmp_path, engine="tensorrt-rtx", config=config)
     assert artifact.path.suffix != ".plan"
-    with pytest.raises(ArtifactError, match="no Triton platform reads it"):
-        triton_platform(artifact)
+    with pytest.raises(ArtifactError, match="which no backend of the image reads"):
+        engine_serving(artifact, "container")
+    assert engine_serving(artifact, "embedded").opens_in_python
     with pytest.raises(ArtifactError, match="tensorrt-rtx, not for onnxruntime"):
         OnnxRuntimeModel(artifact)
-    assert triton_platform(toy) == "onnxruntime_onnx"
-    assert triton_platform(dataclasses.replace(toy, engine="tensorrt")) == "tensorrt_plan"
 
 
 def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_knows(toy, tmp_path):
@@ -87,6 +87,22 @@ def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_knows(toy, tmp_pa
         build_engine(toy, tmp_path, engine="tensorrt-rtx", config=EngineConfig())
     with pytest.raises(ValueError, match="expected one like"):
         EngineConfig(compute_capabilities=("sm89",))
+
+
+@no_gpu
+def test_what_rtx_cannot_refit_without_a_gpu_it_says(toy, tmp_path):
+    config = dataclasses.replace(_ADA, refittable=True, profiles=_WIDE)
+    with pytest.raises(BackendUnavailableError) as refusal:
+        build_engine(toy, tmp_path, engine="tensorrt-rtx", config=config)
+    assert "builds no refittable engine without a GPU (" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_aot_inductor_package_cannot_be_refitted(toy, tmp_path):
+    config = EngineConfig(refittable=True)
+    with pytest.raises(ValueError, match="its packages are not refittable"):
+        build_engine(toy, tmp_path, engine="aot-inductor", config=config, module=ToyDetector())
 
 
 def test_rtx_has_no_timing_cache(toy, tmp_path):

@@ -8,29 +8,29 @@ import pytest
 from PIL import Image
 
 from export.__main__ import export_model
+from export.judges import JUDGES, ap50_of_engine, judge_of, losses, measured, with_metrics
+from export.probes import Answer, answer_difference, calls_of, check_engine_answers, make_probes
 from export.refit import RefitError
-from export.release import (
-    ReleaseRules,
-    answer_difference,
-    ap50_of_engine,
-    build_candidate,
-    make_probes,
-    measured_ap50,
-    release_detector,
-    with_ap50,
-)
+from export.release import ReleaseRules, build_candidate, live_engines, release
 from tests.integration.pictures import BOXES, scene
 from tests.integration.tiny_engines import CLASS_NAMES, write_tiny_artifacts
 from tests.unit.export.test_refit import ToyDetector, exportable
 from training.data.coco import load_coco_folder
-from weaksam_rt.artifacts import load_artifact
+from weaksam_rt.artifacts import load_artifact, write_manifest
 from weaksam_rt.config import DetectionConfig, PipelineConfig
-from weaksam_rt.contracts import DETECTOR
-from weaksam_rt.errors import ReleaseError
+from weaksam_rt.contracts import (
+    DETECTOR,
+    SAM_IMAGE_ENCODER,
+    SAM_MASK_DECODER,
+    VIT_CLASSIFIER,
+)
+from weaksam_rt.errors import ArtifactError, ReleaseError
 from weaksam_rt.model_repository import build_model_repository
+from weaksam_rt.proposals import ProposalConfig
 from weaksam_rt.types import Detections
 
 CONFIG = DetectionConfig()
+DETECT = "weaksam_detect"
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +84,16 @@ def test_a_class_that_the_detector_does_not_know_counts_as_not_found(tiny, folde
 def test_a_metric_is_taken_from_the_passport_only_for_the_same_data(tiny, folder, tmp_path):
     for path in tiny.path.parent.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    own = with_ap50(load_artifact(tmp_path), 0.123, folder, CONFIG)
-    assert load_artifact(tmp_path) == own
-    assert own.sha256 == tiny.sha256
-    assert measured_ap50(own, folder, CONFIG) == 0.123
-    assert measured_ap50(own, folder, replace(CONFIG, nms_thresh=0.3)) == pytest.approx(1.0)
+    judge, config = judge_of([exportable(ToyDetector(0))]), PipelineConfig()
+    known = {"ap50": 0.123}
+    own = with_metrics(judge, {DETECTOR: load_artifact(tmp_path)}, known, folder, config)
+    assert load_artifact(tmp_path) == own[DETECTOR]
+    assert own[DETECTOR].sha256 == tiny.sha256
+    assert measured(judge, own, folder, config) == known
+    other = replace(config, detection=replace(CONFIG, nms_thresh=0.3))
+    assert measured(judge, own, folder, other) == {"ap50": pytest.approx(1.0)}
     (folder.root / "instances.json").write_text((folder.root / "instances.json").read_text() + "\n")
-    assert measured_ap50(own, folder, CONFIG) == pytest.approx(1.0)
+    assert measured(judge, own, folder, config) == {"ap50": pytest.approx(1.0)}
 
 
 class _NoServer:
@@ -106,19 +109,139 @@ def test_a_candidate_that_is_worse_than_the_live_version_never_reaches_the_serve
     build_model_repository([tiny], tmp_path / "r", profile="embedded", config=PipelineConfig())
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
-        ReleaseError, match=r"AP50 on coco\d is 0\.00, the live version has 100\.00 and 1\.00 may"
+        ReleaseError, match=r"coco\d AP50 is 0\.00, the live version has 100\.00 and 1\.00 may"
     ):
-        release_detector(
-            tmp_path / "r", exportable(ToyDetector(0)), folder, _NoServer(), export=export
-        )
+        release(tmp_path / "r", [exportable(ToyDetector(0))], folder, _NoServer(), export=export)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_probes_foretell_what_the_pipeline_answers(tiny, folder):
-    (probe,) = make_probes(tiny, PipelineConfig(), [folder.records[0].path])
-    assert [CLASS_NAMES[label] for label in probe.detections.labels] == list(BOXES)
-    np.testing.assert_allclose(probe.detections.boxes, list(BOXES.values()), atol=2)
-    assert probe.candidates["scores"].shape == (3,)
+    (probe,) = make_probes(
+        {DETECTOR: tiny}, {}, [DETECT], PipelineConfig(), [folder.records[0].path]
+    )
+    answer = probe.pipelines[DETECT]
+    assert [CLASS_NAMES[int(label)] for label in answer.names] == list(BOXES)
+    np.testing.assert_allclose(answer.boxes, list(BOXES.values()), atol=2)
+    (engine,) = probe.engines
+    assert engine.outputs["scores"].shape == (3,)
+
+
+@pytest.fixture(scope="module")
+def all_tiny(tmp_path_factory):
+    return {a.model: a for a in write_tiny_artifacts(tmp_path_factory.mktemp("all"))}
+
+
+SAM = (SAM_IMAGE_ENCODER, SAM_MASK_DECODER)
+PIPELINES = ("weaksam_detect", "weaksam_propose", "weaksam_segment")
+
+
+def test_a_sam_is_probed_through_every_pipeline_that_calls_it(all_tiny, folder):
+    candidates = {model: all_tiny[model] for model in SAM}
+    others = {model: a for model, a in all_tiny.items() if model not in SAM}
+    config = PipelineConfig(proposals=ProposalConfig(points_per_side=4))
+    (probe,) = make_probes(candidates, others, PIPELINES, config, [folder.records[0].path])
+    assert [known.artifact.model for known in probe.engines] == list(SAM)
+    assert probe.engines[1].inputs["image_embeddings"].shape == (1, 3, 16, 16)
+    detect, propose, segment = (probe.pipelines[name] for name in PIPELINES)
+    assert len(detect.mask_boxes) == len(detect.boxes) == 2
+    assert propose.names == tuple(BOXES)
+    assert len(propose.boxes) > 0
+    assert len(segment.mask_boxes) == 1
+    for name, call in calls_of(candidates).items():
+        expected = probe.pipelines[name]
+        assert call.difference(expected, expected) is None
+        moved = replace(
+            expected, boxes=expected.boxes + 40, mask_boxes=expected.mask_boxes + np.float32(40)
+        )
+        assert call.difference(moved, expected) is not None
+
+
+class _Server:
+    """Answers for engines with arrays of the test's own."""
+
+    def __init__(self, change):
+        self._change = change
+
+    def infer(self, contract, version, inputs):
+        return self._change[contract.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "complaint"),
+    [
+        ("logits", lambda a: a + 0.1, "logits that differ by 0.02 from the same engine here"),
+        ("coarse_maps", lambda a: a * np.nan, "coarse_maps that are not finite"),
+        ("cross_maps", lambda a: a[:1], "cross_maps of shape [1, 3, 4, 4], expected [2, 3, 4, 4]"),
+    ],
+)
+def test_an_engine_that_answers_otherwise_on_the_server_is_noticed(
+    all_tiny, folder, name, change, complaint
+):
+    classifier = {VIT_CLASSIFIER: all_tiny[VIT_CLASSIFIER]}
+    probes = make_probes(classifier, {}, (), PipelineConfig(), [folder.records[0].path])
+    outputs = dict(probes[0].engines[0].outputs)
+    check_engine_answers(_Server({VIT_CLASSIFIER: outputs}), probes, 2)
+    outputs[name] = change(outputs[name])
+    with pytest.raises(ReleaseError) as refused:
+        check_engine_answers(_Server({VIT_CLASSIFIER: outputs}), probes, 2)
+    assert complaint in str(refused.value)
+
+
+def test_proposals_are_compared_without_their_order_and_with_their_tags():
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.uniform(0, 100, (40, 2, 2)), axis=1).astype(np.float32)
+    corners[:, 1] += 10
+    expected = Answer(boxes=corners.reshape(-1, 4), scores=np.ones(40, np.float32), names=("red",))
+    difference = calls_of(())["weaksam_propose"].difference
+    assert difference(replace(expected, boxes=expected.boxes[::-1]), expected) is None
+    assert difference(replace(expected, boxes=expected.boxes[1:]), expected) is None
+    assert "of the proposals are those" in difference(
+        replace(expected, boxes=expected.boxes[:30]), expected
+    )
+    assert "tags ['blue']" in difference(replace(expected, names=("blue",)), expected)
+    nothing = replace(expected, boxes=np.zeros((0, 4), np.float32))
+    assert "0 proposals, expected 40" in difference(nothing, expected)
+    assert difference(nothing, nothing) is None
+
+
+def test_every_metric_counts_and_no_number_is_a_loss():
+    live = {"mask_iou_point": 0.7, "mask_iou_box": 0.8}
+    assert losses({"mask_iou_point": 0.695, "mask_iou_box": 0.9}, live, 0.01) == []
+    (lost,) = losses({"mask_iou_point": 0.9, "mask_iou_box": 0.7}, live, 0.01)
+    assert lost == "mask IoU (box) is 70.00, the live version has 80.00 and 1.00 may be lost"
+    assert len(losses(dict.fromkeys(live, float("nan")), live, 1.0)) == 2
+
+
+def test_a_classifier_is_measured_by_its_tags(all_tiny, folder):
+    judges = {judge.models: judge for judge in JUDGES}
+    tags = judges[VIT_CLASSIFIER,].measure(all_tiny, folder, PipelineConfig())
+    assert tags == {"tag_ap": pytest.approx(1.0)}
+
+
+def test_half_a_sam_and_mixtures_are_not_released():
+    toy = exportable(ToyDetector(0))
+    half = replace(toy, model=SAM_IMAGE_ENCODER)
+    for wrong in ([half], [toy, half], []):
+        with pytest.raises(ReleaseError, match="sam_image_encoder with sam_mask_decoder"):
+            judge_of(wrong)
+
+
+def test_a_model_that_releases_do_not_build_is_refused_before_anything_is_built(tiny, tmp_path):
+    foreign = tmp_path / "engine"
+    foreign.mkdir()
+    (foreign / "model.rtx_engine").write_bytes(b"plan")
+    plan = write_manifest(
+        foreign / "model.rtx_engine",
+        model=DETECTOR,
+        engine="tensorrt-rtx",
+        parameters=tiny.parameters,
+        provenance={},
+    )
+    build_model_repository([plan], tmp_path / "r", profile="embedded", config=PipelineConfig())
+    with pytest.raises(ArtifactError, match=r"is an engine for tensorrt-rtx, a release builds one"):
+        live_engines(tmp_path / "r", [DETECTOR])
+    with pytest.raises(ArtifactError, match="serves no vit_classifier"):
+        live_engines(tmp_path / "r", [VIT_CLASSIFIER])
 
 
 def test_answers_are_equal_up_to_rounding():

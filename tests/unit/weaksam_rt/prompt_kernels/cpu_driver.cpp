@@ -139,7 +139,7 @@ int cuPointerGetAttribute(void* data, int attribute, std::uintptr_t address) {
 
 int cuMemAlloc_v2(std::uintptr_t* address, std::size_t bytes) {
     if (bytes > memory_bytes) return out_of_memory;
-    void* memory = std::malloc(bytes);
+    void* memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
     std::memset(memory, 0xa5, bytes);
     *address = reinterpret_cast<std::uintptr_t>(memory);
     allocations[*address] = bytes;

@@ -40,6 +40,12 @@ def build_kernels(
     return library
 
 
+def build_cpu_driver(folder: Path, *flags: str) -> ctypes.CDLL:
+    """A stand-in for NVIDIA's driver that runs the kernels on the CPU; see ``build_kernels``."""
+    main = Path(__file__).parent / "cpu_driver.cpp"
+    return ctypes.CDLL(str(build_kernels(folder, *flags, main=main)))
+
+
 class CpuExecutor:
     """Runs plans on NumPy arrays."""
 

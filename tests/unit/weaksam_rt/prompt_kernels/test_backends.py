@@ -169,7 +169,7 @@ def without_driver(monkeypatch):
     def no_driver():
         raise BackendUnavailableError("no NVIDIA driver: not found")
 
-    monkeypatch.setattr("weaksam_rt.prompt_clustering._cuda._open_driver", no_driver)
+    monkeypatch.setattr("weaksam_rt.cuda_driver.open_driver", no_driver)
     prompt_backend.cache_clear()
     yield
     prompt_backend.cache_clear()

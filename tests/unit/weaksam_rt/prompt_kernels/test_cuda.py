@@ -5,20 +5,19 @@ the kernels on the CPU, and, where there is one, on a GPU.
 import ctypes
 import logging
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tests.unit.weaksam_rt.prompt_kernels.cases import random_batch, random_config
-from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import build_kernels
+from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import build_cpu_driver
+from weaksam_rt import cuda_driver
 from weaksam_rt.errors import BackendUnavailableError, InferenceError
 from weaksam_rt.preprocessing import longest_side_frame
 from weaksam_rt.prompt_clustering import (
     ClusteringConfig,
     MapBatch,
-    _cuda,
     as_array,
     class_nms,
     encode_masks,
@@ -41,14 +40,13 @@ _REFERENCE = ClusteringConfig()
 
 @pytest.fixture(scope="session")
 def cpu_driver(tmp_path_factory):
-    main = Path(__file__).parent / "cpu_driver.cpp"
-    return ctypes.CDLL(str(build_kernels(tmp_path_factory.mktemp("driver"), "-O2", main=main)))
+    return build_cpu_driver(tmp_path_factory.mktemp("driver"), "-O2")
 
 
 @pytest.fixture
 def stand_in(cpu_driver, monkeypatch):
     """The driver's stand-in, in place of the driver."""
-    monkeypatch.setattr(_cuda, "_open_driver", lambda: cpu_driver)
+    monkeypatch.setattr(cuda_driver, "open_driver", lambda: cpu_driver)
     prompt_backend.cache_clear()
     yield cpu_driver
     prompt_backend.cache_clear()
