@@ -131,7 +131,7 @@ def _sam_logits(models: Path, config: MaskEpilogueConfig, data: bytes) -> tuple[
     pixels, frame = resize_longest_side(image, parameters.image_size)
     valid = np.array([frame.valid_size], np.int32)
     embeddings = encoder({"image": pixels[None], "valid_size": valid})["image_embeddings"]
-    prompts = sam_prompts(grid_prompts(config.points_per_side, image.shape[:2]))
+    prompts = sam_prompts(grid_prompts(config.points_per_side, frame.image_size))
     (pack,) = pack_prompts([prompts], [frame], max_prompts=len(prompts))
     answer = decoder(
         {

@@ -35,7 +35,7 @@ def in_turns(
         work()
     blocks: dict[str, list[tuple[float, ...]]] = {way: [] for way in ways}
     for turn in track(range(repeats), kind or "measuring", transient=True):
-        for way in ways if turn % 2 == 0 else reversed(ways):
+        for way in list(ways)[:: 1 if turn % 2 == 0 else -1]:
             block = tuple(milliseconds(ways[way], calls=calls, clock=clock) for _ in range(samples))
             blocks[way].append(block)
     return [
