@@ -18,7 +18,7 @@ import tyro
 from numpy.typing import NDArray
 
 from benchmarks.pictures import pictures
-from benchmarks.reporting import report
+from benchmarks.reporting import Where, report
 from benchmarks.results import BenchmarkResult, Metric, Recorder, artifact_record
 from benchmarks.turns import in_turns
 from weaksam_rt.artifacts import load_artifact
@@ -75,21 +75,19 @@ class MaskEpilogueConfig:
 
 
 def main(
-    models: Annotated[Path, tyro.conf.Positional],
+    where: Where,
     config: Annotated[MaskEpilogueConfig, tyro.conf.arg(name="")] = MaskEpilogueConfig(),
     *,
     images: Path | None = None,
-    output: Path | None = None,
 ) -> None:
     """Measure and report.
 
     Args:
-        models: Folder of exported models with SAM.
+        where: Models and output.
         config: Which masks, and how often.
         images: A picture or folder; its first is used. None: scikit-image's astronaut.
-        output: Path without suffix; result.json, .md and .html are written there.
     """
-    report(measure(models, config, images), output)
+    report(measure(where.models, config, images), where.output)
 
 
 def measure(models: Path, config: MaskEpilogueConfig, images: Path | None) -> BenchmarkResult:
