@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from benchmarks.pictures import pictures
 from benchmarks.reporting import Where, report
 from benchmarks.results import BenchmarkResult, Metric, Recorder, artifact_record
-from benchmarks.turns import in_turns
+from benchmarks.turns import in_turns, per_item
 from weaksam_rt.artifacts import load_artifact
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 from weaksam_rt.contracts import SAM_IMAGE_ENCODER, SAM_MASK_DECODER, SamParameters
@@ -162,15 +162,10 @@ def _timed(
         way: partial(_summary, logits, frame, backend) for way, backend in summaries.items()
     } | {"scores and boxes, without areas": partial(_apart, logits, frame)}
     return [
-        _of_one_mask(metric, len(logits))
+        per_item(metric, len(logits))
         for kind, work in (("at the image's size", at_image), ("as they are", at_sam))
         for metric in in_turns(work, repeats=config.repeats, samples=3, kind=f"{name}, {kind}")
     ]
-
-
-def _of_one_mask(metric: Metric, num_masks: int) -> Metric:
-    repeats = tuple(tuple(t / num_masks for t in times) for times in metric.repeats)
-    return Metric(name=metric.name, unit=metric.unit, repeats=repeats)
 
 
 def _by_matrices(logits: Logits, frame: ModelFrame) -> InstanceMasks:

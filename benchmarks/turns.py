@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from rich.progress import track
 
@@ -42,6 +43,12 @@ def in_turns(
         Metric(name=f"{kind}: {way}" if kind else way, unit="ms", repeats=tuple(blocks[way]))
         for way in ways
     ]
+
+
+def per_item(metric: Metric, number: int, *, name: str = "") -> Metric:
+    """The metric of one of ``number`` things that a sample did together."""
+    repeats = tuple(tuple(value / number for value in block) for block in metric.repeats)
+    return replace(metric, name=name or metric.name, repeats=repeats)
 
 
 def milliseconds(work: Work, *, calls: int = 1, clock: Clock = time.perf_counter) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
+from training.data.coco import CocoFolder, ImageRecord, load_coco_folder, of_another_size
 from training.data.proposal_shards import ImagePart, Skipped
 from training.evaluation.proposal_report import ImageEvidence, ImageMaps, most_masks
 from training.map_extraction import MapPasses, peak_prompts, summed_maps
