@@ -7,7 +7,12 @@ import timm
 import torch
 
 import training.train_classifier as stage_module
-from training.data.augment import AugmentConfig, augment_images, normalize_images
+from training.data.augment import (
+    AugmentConfig,
+    augment_images,
+    normalize_images,
+    published_augment,
+)
 from training.data.coco import load_coco_folder
 from training.data.scenes import SceneConfig
 from training.engine.checkpoint import load_weights
@@ -63,8 +68,11 @@ def test_a_run_writes_a_loadable_classifier_and_its_metrics(scenes, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
-def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_run(scenes, tmp_path, monkeypatch):
-    train_classifier(_config(scenes, tmp_path / "whole"))
+@pytest.mark.parametrize("augment", [AugmentConfig(), published_augment()])
+def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_run(
+    scenes, tmp_path, monkeypatch, augment
+):
+    train_classifier(_config(scenes, tmp_path / "whole", augment=augment))
     real = stage_module._train_epoch
 
     def dies_in_the_second_epoch(model, optimizer, recipe, train, epoch, **rest):
@@ -74,10 +82,10 @@ def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_run(scenes, tmp_p
 
     monkeypatch.setattr(stage_module, "_train_epoch", dies_in_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
-        train_classifier(_config(scenes, tmp_path / "killed"))
+        train_classifier(_config(scenes, tmp_path / "killed", augment=augment))
     monkeypatch.setattr(stage_module, "_train_epoch", real)
     torch.manual_seed(77)
-    train_classifier(_config(scenes, tmp_path / "killed"))
+    train_classifier(_config(scenes, tmp_path / "killed", augment=augment))
     whole, killed = (
         load_weights(tmp_path / name / stage_module.WEIGHTS_NAME) for name in ("whole", "killed")
     )
