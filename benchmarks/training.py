@@ -3,9 +3,10 @@
 ``python -m benchmarks training`` compares, on the same random images and boxes in turns: ours;
 torchvision's ``FasterRCNN`` and ``MaskRCNN`` on our trunk, pyramid, RPN head and anchors with as
 many RoIs (its own RoIAlign, heads, losses and suppression), so that only what is different differs;
-and ``fasterrcnn_mobilenet_v3_large_320_fpn``, its smallest as it comes. With ``--models``, ours
-also as the exported engine. Weights are random: no time depends on them except that of suppression,
-which is bounded by the same number of boxes.
+and ``fasterrcnn_mobilenet_v3_large_320_fpn``, its smallest as it comes, which learns from 512 RoIs
+of an image where the others have 64. With ``--models``, ours also as the exported engine. Weights
+are random: no time depends on them except that of suppression, which is bounded by the same number
+of boxes.
 
 On a CPU the time that the process had it is measured, with one thread by default: other processes
 do not lengthen it. On a GPU it is wall time, synchronised.
@@ -14,7 +15,7 @@ do not lengthen it. On a GPU it is wall time, synchronised.
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,8 +87,7 @@ class TrainingConfig:
     mask_channels: int = 64
     """Width of the mask heads."""
     mixed_precision: bool = True
-    """Training steps under autocast to bfloat16, as in training. The small network of torchvision
-    learns in float32: with its depthwise convolutions bfloat16 takes a CPU several times longer."""
+    """Training steps under autocast to bfloat16, as in training."""
     device: str = "cpu"
     """A torch device."""
     threads: int = 1
@@ -156,11 +156,7 @@ def measure(config: TrainingConfig, models: Path | None) -> BenchmarkResult:
     }
     mask_peer = torchvision_on_our_trunk(with_masks).to(config.device)
     losses[SAME_TRUNK_MASKS] = mask_peer, _peer_loss(mask_peer)
-    in_float32 = replace(config, mixed_precision=False)
-    steps = {
-        name: _optimised(network, loss, batch, in_float32 if name == MOBILENET else config)
-        for name, (network, loss) in losses.items()
-    }
+    steps = {n: _optimised(network, loss, batch, config) for n, (network, loss) in losses.items()}
     metrics = [
         *_measured(INFERENCE, inference, config.inferences, config),
         *_measured(f"{STEP} of {config.batch_size}", steps, config.steps, config),
@@ -371,5 +367,5 @@ def _notes(metrics: Sequence[Metric], config: TrainingConfig) -> list[str]:
     share = extra / medians[f"{step}: {WITH_DROP}"]
     return [
         *ratios,
-        f"RoI drop alone (choice, sums, counts): {extra:.2f} ms, {100 * share:.2f} % of a step.",
+        f"RoI drop alone (choice, sums, counts): {extra:.2g} ms, {100 * share:.2g} % of a step.",
     ]
