@@ -159,6 +159,21 @@ def test_rows_of_a_batch_come_out_as_in_the_whole_batch():
         assert torch.equal(part, whole[rows])
 
 
+def test_processes_share_a_batch_of_files_as_one_would_vary_it(scenes):
+    records = load_coco_folder(scenes / "train").records
+    train = stage_module.TaggedFiles(images=records, tags=torch.zeros(len(records), 8))
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(1))
+    recipe = dataclasses.replace(_RECIPE, augment=published_augment())
+
+    def batches(rows):
+        return list(stage_module._from_files(train, order, recipe, 0, 32, rows, num_workers=0))
+
+    whole, first, second = (batches(rows) for rows in (slice(0, 4), slice(0, 2), slice(2, 4)))
+    assert [len(batch) for batch in whole] == [4, 4]
+    for batch, parts in zip(whole, zip(first, second, strict=True), strict=True):
+        assert torch.equal(batch, torch.cat(parts))
+
+
 def test_a_timm_backbone_starts_from_a_file(tmp_path):
     """Nothing is downloaded; the file has one class token, in timm's names."""
     torch.manual_seed(0)
