@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -439,10 +439,10 @@ def _findings(
 
 
 def _ratios(metrics: Sequence[Metric]) -> list[str]:
-    steady, *others = (float(np.quantile(metric.samples, 0.99)) for metric in metrics)
+    steady, build, swap = (float(np.quantile(metric.samples, 0.99)) for metric in metrics)
     return [
-        f"p99 while {_WHILE[kind]} over p99 while {_WHILE['steady']}: {p99 / steady:.2f}."
-        for kind, p99 in zip(("build", "swap"), others, strict=True)
+        f"p99 while {_WHILE['build']} over p99 while {_WHILE['steady']}: {build / steady:.2f}.",
+        f"p99 while {_WHILE['swap']} over p99 while {_WHILE['steady']}: {swap / steady:.2f}.",
     ]
 
 
