@@ -50,8 +50,9 @@ bench: $(DEV)/.ready  ## A short form of every benchmark; results in out/bench
 	$(DEV)/bin/python -m benchmarks training --models assets/demo_models --repeats 2 --output out/bench/training
 	$(DEV)/bin/python -m benchmarks cold_start assets/demo_models --starts 2 --output out/bench/cold_start
 	$(DEV)/bin/python -m benchmarks soak assets/demo_models --minutes 2 --allowed-mib-an-hour 300 --output out/bench/soak
-	$(DEV)/bin/python -m benchmarks peaks
-	$(DEV)/bin/python -m benchmarks prompt_kernels
+	$(DEV)/bin/python -m benchmarks peaks --repeats 2 --output out/bench/peaks
+	$(DEV)/bin/python -m benchmarks prompt_kernels --repeats 2 --output out/bench/prompt_kernels
+	$(DEV)/bin/python -m benchmarks mask_epilogue assets/demo_models --repeats 2 --output out/bench/mask_epilogue
 
 clean:  ## Remove environments and outputs
 	rm -rf $(DEMO) $(DEV) out

@@ -25,7 +25,7 @@ import tyro
 from rich.progress import track
 
 from benchmarks.pictures import photograph
-from benchmarks.reporting import report
+from benchmarks.reporting import Where, report
 from benchmarks.results import (
     BenchmarkResult,
     Metric,
@@ -61,19 +61,10 @@ class ColdStartConfig:
 
 
 def main(
-    models: Annotated[Path, tyro.conf.Positional],
-    config: Annotated[ColdStartConfig, tyro.conf.arg(name="")] = ColdStartConfig(),
-    *,
-    output: Path | None = None,
+    where: Where, config: Annotated[ColdStartConfig, tyro.conf.arg(name="")] = ColdStartConfig()
 ) -> None:
-    """Measure and report.
-
-    Args:
-        models: Folder of exported models with a detector.
-        config: How much is measured.
-        output: Path without suffix; result.json, .md and .html are written there.
-    """
-    report(measure(models, config), output)
+    """Measure and report."""
+    report(measure(where.models, config), where.output)
 
 
 def measure(models: Path, config: ColdStartConfig) -> BenchmarkResult:

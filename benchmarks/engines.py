@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from rich.progress import track
 from benchmarks.in_process import TracedPipeline, call_of
 from benchmarks.load import Limits, Send, closed_loop, warm_up
 from benchmarks.pictures import photograph
-from benchmarks.reporting import report
+from benchmarks.reporting import Where, report
 from benchmarks.results import (
     BenchmarkResult,
     Metric,
@@ -107,19 +106,10 @@ _BARE_WAYS = (
 
 
 def main(
-    models: Annotated[Path, tyro.conf.Positional],
-    config: Annotated[EnginesConfig, tyro.conf.arg(name="")] = EnginesConfig(),
-    *,
-    output: Path | None = None,
+    where: Where, config: Annotated[EnginesConfig, tyro.conf.arg(name="")] = EnginesConfig()
 ) -> None:
-    """Measure and report.
-
-    Args:
-        models: Folder of exported models with a detector.
-        config: How much is measured.
-        output: Path without suffix; result.json, .md and .html are written there.
-    """
-    report(measure(load_exported_models(models), config), output)
+    """Measure and report."""
+    report(measure(load_exported_models(where.models), config), where.output)
 
 
 def measure(exported: ExportedModels, config: EnginesConfig) -> BenchmarkResult:

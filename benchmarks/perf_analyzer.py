@@ -26,7 +26,7 @@ from benchmarks.get_perf_analyzer import FOLDER
 from benchmarks.in_process import call_of
 from benchmarks.load import Limits, closed_loop, warm_up
 from benchmarks.pictures import photograph
-from benchmarks.reporting import report
+from benchmarks.reporting import Where, report
 from benchmarks.results import BenchmarkResult, Metric, Recorder, artifact_record
 from benchmarks.served import sender, serve
 from weaksam_rt.model_repository import ExportedModels, load_exported_models
@@ -61,19 +61,11 @@ def find_perf_analyzer() -> Path | None:
 
 
 def main(
-    models: Annotated[Path, tyro.conf.Positional],
+    where: Where,
     config: Annotated[PerfAnalyzerConfig, tyro.conf.arg(name="")] = PerfAnalyzerConfig(),
-    *,
-    output: Path | None = None,
 ) -> None:
-    """Measure and report.
-
-    Args:
-        models: Folder of exported models with a detector.
-        config: How much is measured.
-        output: Path without suffix; result.json, .md and .html are written there.
-    """
-    report(measure(load_exported_models(models), config), output)
+    """Measure and report."""
+    report(measure(load_exported_models(where.models), config), where.output)
 
 
 def measure(exported: ExportedModels, config: PerfAnalyzerConfig) -> BenchmarkResult:

@@ -1,14 +1,13 @@
 """Three releases and two ways back under a steady load, on a real server: who notices?
 
-Run ``python -m benchmarks.swap --first A.safetensors --second B.safetensors --data FOLDER --output
-benchmarks/results``. Requests leave at fixed times, whatever the answers do, and latency counts
-from the intended time. Every answer is compared with what the version that it names answers in this
-process. Releases are the user's own command in a process of its own.
+``python -m benchmarks swap --first A.safetensors --second B.safetensors --data FOLDER``: requests
+leave at fixed times, whatever the answers do, and latency counts from the intended time. Every
+answer is compared with what the version that it names answers in this process. Releases are the
+user's own command in a process of its own.
 """
 
 import asyncio
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,20 +16,21 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 from rich.console import Console
 
+from benchmarks.reporting import report
+from benchmarks.results import BenchmarkResult, Metric, Recorder, Table, artifact_record
 from export.__main__ import export_model
 from export.exportable import detector_exportable
 from export.probes import answer_difference
 from training.data.coco import load_coco_folder
-from training.engine.stage import git_commit
 from weaksam_rt.artifacts import ModelArtifact, load_artifact
 from weaksam_rt.backends.local import LocalBackend
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
@@ -38,7 +38,6 @@ from weaksam_rt.client import ClientConfig, WeakSamClient
 from weaksam_rt.config import PipelineConfig
 from weaksam_rt.contracts import DETECTOR
 from weaksam_rt.errors import WeakSamError
-from weaksam_rt.files import atomic_path, write_json
 from weaksam_rt.images import decode_reduced
 from weaksam_rt.model_config import ServingOptions
 from weaksam_rt.model_repository import build_model_repository
@@ -74,6 +73,36 @@ _FIRST_STEP = "journal"
 """What a release prints when it begins to change something."""
 
 
+Kind = Literal["steady", "build", "swap"]
+_WHILE: Mapping[Kind, str] = {
+    "steady": "nothing else goes on",
+    "build": "a release builds and verifies on the same machine",
+    "swap": "versions are loaded, switched, watched and dropped",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwapConfig:
+    """The load and the releases."""
+
+    requests: int = 2000
+    """The load goes on until there are so many, at least 100."""
+    rate: float | None = None
+    """Requests a second; None: a third of what two clients get through."""
+    num_images: int = 8
+    """Different images sent."""
+    engine_threads: int = 1
+    """Threads of one operator in the engine."""
+    niceness: int = 10
+    """Of the releasing process."""
+    watch_s: float = 3.0
+    """Probation of each release."""
+
+    def __post_init__(self) -> None:
+        if self.requests < 100:
+            raise ValueError(f"requests is {self.requests}, expected at least 100")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """One request of the load."""
@@ -93,7 +122,7 @@ class Window:
     """What was going on between two moments."""
 
     name: str
-    kind: str
+    kind: Literal["build", "swap"]
     """``build``: a candidate is built and verified. ``swap``: versions are loaded, switched,
     watched and dropped."""
     start: float
@@ -151,66 +180,69 @@ class SteadyLoad:
 
 
 def main(
+    config: Annotated[SwapConfig, tyro.conf.arg(name="")] = SwapConfig(),
     *,
     first: Path,
     second: Path,
     data: Path,
     output: Path | None = None,
-    requests: int = 2000,
-    rate: float | None = None,
-    num_images: int = 8,
-    engine_threads: int = 1,
-    niceness: int = 10,
-    watch_s: float = 3.0,
 ) -> None:
-    """Measure and print; with ``output``, also write ``swap.md`` and ``swap.json``.
+    """Measure and report.
 
     Args:
+        config: The load and the releases.
         first: Weights of training.retrain_detector, served at the beginning.
         second: Weights of another training of the same classes.
         data: Folder with images/ and instances.json, for the releases' AP50 and for the requests.
-        output: Folder for the results.
-        requests: The load goes on until there are so many, at least 100.
-        rate: Requests a second; None: a third of what two clients get through.
-        num_images: Different images sent.
-        engine_threads: Threads of one operator in the engine.
-        niceness: Of the releasing process.
-        watch_s: Probation of each release.
+        output: Path without suffix; result.json, .md and .html are written there.
     """
-    if requests < 100:
-        raise ValueError(f"requests is {requests}, expected at least 100")
+    report(measure(config, {"first": first, "second": second}, data), output)
+
+
+def measure(config: SwapConfig, checkpoints: Mapping[str, Path], data: Path) -> BenchmarkResult:
+    """All releases, one after the other, on a server of its own.
+
+    Raises:
+        RuntimeError: The machine cannot serve the load, or a release failed that must not.
+    """
     console = Console()
     with tempfile.TemporaryDirectory(prefix="weaksam-swap-") as scratch:
-        checkpoints = {"first": first, "second": second}
         artifacts = {
             name: export_model(detector_exportable(path), Path(scratch) / name / DETECTOR)
             for name, path in checkpoints.items()
         }
+        recorder = Recorder(
+            what="swap",
+            title="Releases under load",
+            config=asdict(config),
+            artifacts=tuple(map(artifact_record, artifacts.values())),
+        )
         repository = Path(scratch) / "live"
         build_model_repository(
             [artifacts["first"]],
             repository,
             profile="embedded",
             config=PipelineConfig(),
-            options=ServingOptions(engine_threads=engine_threads),
+            options=ServingOptions(engine_threads=config.engine_threads),
         )
-        images = [r.path.read_bytes() for r in load_coco_folder(data).records[:num_images]]
+        records = load_coco_folder(data).records[: config.num_images]
+        images = [record.path.read_bytes() for record in records]
         with EmbeddedServer(repository, ServerOptions(load_models=("*",))) as server:
-            rate = rate or _capacity(server.grpc_address, images) / 3
+            rate = config.rate or _capacity(server.grpc_address, images) / 3
             console.print(f"load: {rate:.1f} requests a second")
             windows: list[Window] = []
             with SteadyLoad(server.grpc_address, images, rate=rate) as load:
                 time.sleep(5)
                 swaps = _swaps(
                     repository, checkpoints, artifacts, data, server.grpc_address,
-                    niceness=niceness, watch_s=watch_s,
+                    niceness=config.niceness, watch_s=config.watch_s,
                 )  # fmt: skip
-                pause = max(requests / rate / (len(swaps) + 1), 2)
+                pause = max(config.requests / rate / (len(swaps) + 1), 2)
                 for name, command in swaps.items():
                     windows += _timed(name, command)
                     console.print(f"{name}: {windows[-1].end - windows[-1].start:.1f} s of swap")
                     time.sleep(pause / 2)
-                while len(load.answers) < requests:
+                while len(load.answers) < config.requests:
                     time.sleep(0.2)
         if load.most_waiting > _MOST_IN_FLIGHT:
             raise RuntimeError(
@@ -218,16 +250,12 @@ def main(
                 f"{rate:.1f} requests a second beside what else it does; lower --rate"
             )
         expected = _expected(_engines(repository, load.answers, artifacts["first"]), images)
-        report = _report(
-            load.answers, windows, expected,
-            rate=rate, engine_threads=engine_threads, niceness=niceness,
-        )  # fmt: skip
-    text = _markdown(report)
-    console.print(text, markup=False)
-    if output is not None:
-        write_json(output / "swap.json", report)
-        with atomic_path(output / "swap.md") as temporary:
-            temporary.write_text(text)
+        metrics = latency_metrics(load.answers, windows)
+        return recorder.result(
+            metrics,
+            tables=_tables(load.answers, windows),
+            notes=[*_findings(load.answers, expected, rate=rate), *_ratios(metrics)],
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -349,22 +377,47 @@ def _detect(pipeline: WeakSamPipeline, data: bytes, side: int) -> Detections:
     return asyncio.run(pipeline.detect(image.pixels, image_size=image.image_size))
 
 
-def _kind(answer: Answer, windows: Sequence[Window]) -> str:
-    """What went on while this request was on its way; a swap counts before a build."""
+def latency_metrics(answers: Sequence[Answer], windows: Sequence[Window]) -> list[Metric]:
+    """Latency by what went on meanwhile; each window, and each time between two, is a repeat.
+
+    Raises:
+        RuntimeError: No request fell into any window of a kind.
+    """
+    places: dict[Kind, dict[int, list[float]]] = {"steady": {}, "build": {}, "swap": {}}
+    for answer in answers:
+        kind, place = place_of(answer, windows)
+        places[kind].setdefault(place, []).append(answer.latency_ms)
+    if empty := [kind for kind, found in places.items() if not found]:
+        raise RuntimeError(
+            f"no request fell into a window of the kind {empty[0]}; send more requests a second"
+        )
+    return [
+        Metric(
+            name=f"latency while {_WHILE[kind]}",
+            unit="ms",
+            repeats=tuple(tuple(found[place]) for place in sorted(found)),
+        )
+        for kind, found in places.items()
+    ]
+
+
+def place_of(answer: Answer, windows: Sequence[Window]) -> tuple[Kind, int]:
+    """What went on while this request was on its way, and in which window, or after how many; a
+    swap counts before a build.
+    """
     end = answer.sent_at + answer.latency_ms / 1e3
-    kinds = {w.kind for w in windows if answer.sent_at <= w.end and end >= w.start}
-    return "swap" if "swap" in kinds else "build" if "build" in kinds else "steady"
+    during = [i for i, w in enumerate(windows) if answer.sent_at <= w.end and end >= w.start]
+    kinds: tuple[Kind, ...] = ("swap", "build")
+    for kind in kinds:
+        for i in during:
+            if windows[i].kind == kind:
+                return kind, i
+    return "steady", sum(w.end < answer.sent_at for w in windows)
 
 
-def _report(
-    answers: Sequence[Answer],
-    windows: Sequence[Window],
-    expected: Mapping[int, Sequence[Detections]],
-    *,
-    rate: float,
-    engine_threads: int,
-    niceness: int,
-) -> dict[str, Any]:
+def _findings(
+    answers: Sequence[Answer], expected: Mapping[int, Sequence[Detections]], *, rate: float
+) -> list[str]:
     failed = [answer.error for answer in answers if answer.error]
     wrong = [text for answer in answers if (text := _mismatch(answer, expected)) is not None]
     pairs = list(pairwise(sorted(expected)))
@@ -375,34 +428,22 @@ def _report(
         )
         for a, b in pairs
     )
-    latencies: dict[str, list[float]] = {"steady": [], "build": [], "swap": []}
-    for answer in answers:
-        latencies[_kind(answer, windows)].append(answer.latency_ms)
-    quantiles = {kind: _quantiles(values) for kind, values in latencies.items()}
-    steady, swap = quantiles["steady"]["p99"], quantiles["swap"]["p99"]
-    return {
-        "requests": len(answers),
-        "failed": len(failed),
-        "failures": failed[:5],
-        "answers_not_of_their_version": len(wrong),
-        "mismatches": wrong[:5],
-        "answers_by_version": dict(sorted(Counter(a.version for a in answers).items())),
-        "successions": len(pairs),
-        "successions_that_show": distinct,
-        "latency_ms": quantiles,
-        "p99_swap_over_steady": round(swap / steady, 2),
-        "p99_build_over_steady": round(quantiles["build"]["p99"] / steady, 2),
-        "windows": [
-            {"name": w.name, "kind": w.kind, "seconds": round(w.end - w.start, 1)} for w in windows
-        ],
-        "rate_per_s": round(rate, 2),
-        "engine_threads": engine_threads,
-        "niceness": niceness,
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "commit": git_commit(),
-    }
+    return [
+        f"{len(failed)} of {len(answers)} requests failed. {len(wrong)} answers are not of the "
+        "version they name.",
+        f"Of {len(pairs)} successive versions {distinct} answer at least one image differently.",
+        f"{rate:.1f} requests a second at fixed times, latency from the intended time.",
+        *(f"Failed: {text}" for text in failed[:5]),
+        *(f"Wrong: {text}" for text in wrong[:5]),
+    ]
+
+
+def _ratios(metrics: Sequence[Metric]) -> list[str]:
+    steady, build, swap = (float(np.quantile(metric.samples, 0.99)) for metric in metrics)
+    return [
+        f"p99 while {_WHILE['build']} over p99 while {_WHILE['steady']}: {build / steady:.2f}.",
+        f"p99 while {_WHILE['swap']} over p99 while {_WHILE['steady']}: {swap / steady:.2f}.",
+    ]
 
 
 def _mismatch(answer: Answer, expected: Mapping[int, Sequence[Detections]]) -> str | None:
@@ -413,62 +454,17 @@ def _mismatch(answer: Answer, expected: Mapping[int, Sequence[Detections]]) -> s
     return answer_difference(answer.detections, expected[answer.version][answer.image])
 
 
-def _quantiles(values: Sequence[float]) -> dict[str, float]:
-    if not values:
-        raise RuntimeError("no request fell into one of the windows; send more requests a second")
-    p50, p99 = np.quantile(values, (0.5, 0.99))
-    return {
-        "count": len(values),
-        "p50": round(float(p50), 1),
-        "p99": round(float(p99), 1),
-        "max": round(max(values), 1),
-    }
-
-
-def _markdown(report: Mapping[str, Any]) -> str:
-    kinds = {
-        "steady": "steady",
-        "build": "a release builds and verifies on the same machine",
-        "swap": "versions are loaded, switched, watched and dropped",
-    }
-    rows = [
-        f"| {text} | {q['count']} | {q['p50']:.1f} | {q['p99']:.1f} | {q['max']:.1f} |"
-        for kind, text in kinds.items()
-        for q in [report["latency_ms"][kind]]
+def _tables(answers: Sequence[Answer], windows: Sequence[Window]) -> list[Table]:
+    seen = sorted(Counter(answer.version for answer in answers if not answer.error).items())
+    return [
+        Table(
+            title="Answers by version",
+            header=("version", "answers"),
+            rows=tuple((str(version), str(number)) for version, number in seen),
+        ),
+        Table(
+            title="What was done",
+            header=("what", "part", "seconds"),
+            rows=tuple((w.name, w.kind, f"{w.end - w.start:.1f}") for w in windows),
+        ),
     ]
-    seen = ", ".join(f"{v}: {n}" for v, n in report["answers_by_version"].items())
-    windows = [f"| {w['name']} | {w['kind']} | {w['seconds']:.1f} |" for w in report["windows"]]
-    return "\n".join(
-        [
-            "# Releases under load",
-            "",
-            f"- {report['cores']} cores, load {report['load_average']:.1f}, Python "
-            f"{report['python']}, engine threads {report['engine_threads']}, releases at niceness "
-            f"{report['niceness']}, commit {report['commit']}",
-            f"- {report['requests']} requests, {report['rate_per_s']:.1f} a second at fixed times, "
-            "latency from the intended time",
-            "- `python -m benchmarks.swap --first A.safetensors --second B.safetensors --data "
-            "FOLDER --output benchmarks/results`",
-            "",
-            f"**{report['failed']} failed requests.** "
-            f"{report['answers_not_of_their_version']} answers that are not of the version they "
-            f"name. Answers by version: {seen}. Of {report['successions']} successive versions "
-            f"{report['successions_that_show']} answer at least one image differently.",
-            "",
-            "| | requests | p50 ms | p99 ms | max ms |",
-            "| --- | --: | --: | --: | --: |",
-            *rows,
-            "",
-            f"p99 in swaps over p99 steady: **{report['p99_swap_over_steady']:.2f}**; while a "
-            f"release builds: {report['p99_build_over_steady']:.2f}.",
-            "",
-            "| what | part | seconds |",
-            "| --- | --- | --: |",
-            *windows,
-            "",
-        ]
-    )
-
-
-if __name__ == "__main__":
-    tyro.cli(main)

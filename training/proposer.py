@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
+from training.data.coco import CocoFolder, ImageRecord, load_coco_folder, of_another_size
 from training.data.proposal_shards import ImagePart, Skipped
 from training.evaluation.proposal_report import ImageEvidence, ImageMaps, most_masks
 from training.map_extraction import MapPasses, peak_prompts, summed_maps
@@ -205,12 +205,9 @@ def read_image(record: ImageRecord) -> NDArray[np.uint8]:
         ValueError: It cannot be read, or has another size than the annotations say.
     """
     image = record.image()
-    if image.shape[:2] != record.image_size:
-        raise ValueError(
-            f"{record.path} is {image.shape[1]}x{image.shape[0]}, instances.json says "
-            f"{record.image_size[1]}x{record.image_size[0]} (width x height); correct one of them, "
-            "or leave such images out with --recipe.skip-bad"
-        )
+    size = image.shape[0], image.shape[1]
+    if size != record.image_size:
+        raise of_another_size(record, size)
     return image
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from training.data.augment import published_augment
 from training.generate_proposals import ProposalRecipe
 from training.generate_pseudo_labels import PseudoLabelRecipe
 from training.generate_pseudo_masks import PseudoMaskRecipe
@@ -121,9 +122,10 @@ def _published(
     What differs from the paper whatever the recipe says: a SqueezeNet trunk in the detectors, a
     frozen one in the first, one square input size instead of short sides of 480 to 1200 pixels,
     and no DropBlock, whose cells of so many proposals (100 kB each) few disks can hold; VGG16, more
-    sizes and DropBlock are one ``replace`` away. The classifier's images are cropped, recoloured
-    and erased, but RandAugment is not there. So the paper's scores are what the *method* reached,
-    not what these settings promise.
+    sizes and DropBlock are one ``replace`` away. The classifier's images are varied as published
+    (crops, RandAugment, erasing; ``training.train_classifier --num-workers`` divides that among
+    processes). So the paper's scores are what the *method* reached, not what these settings
+    promise.
 
     Source:
         WeakSAM (arXiv:2402.14812) and its released configurations: MIST trained for the stated
@@ -132,6 +134,7 @@ def _published(
     return ChainRecipe(
         classifier=ClassifierRecipe(
             model=published_config(),
+            augment=published_augment(),
             background_weight=0.0,
             head_rate_factor=1.0,
             first_rate=1e-6,

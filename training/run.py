@@ -85,6 +85,9 @@ class RunConfig:
     them."""
     num_threads: int = 2
     """CPU threads of torch."""
+    classifier_workers: int = 0
+    """Processes that vary the classifier's images where the recipe has ``rand_augment``; 0: the
+    training process does."""
     proposal_workers: int = 1
     """Processes that make proposals, on this machine."""
 
@@ -236,6 +239,7 @@ def _proposals(config: RunConfig, recipe: ChainRecipe) -> tuple[Path, Path]:
                 recipe=recipe.classifier,
                 num_threads=config.num_threads,
                 skip_bad=config.skip_bad,
+                num_workers=config.classifier_workers,
             )
         )
     predicted: ProposalRecipe = replace(recipe.proposals, tags="predicted")

@@ -2,7 +2,7 @@
 ``weaksam_rt.pipeline`` as serving.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,21 +60,43 @@ class TorchModel:
         self, inputs: Arrays, outputs: Sequence[str] | None = None
     ) -> dict[str, NDArray[Any]]:
         """Run once; raises ``ContractError`` for ill-formed inputs and unknown outputs."""
-        self.contract.check_inputs(inputs)
-        names = [spec.name for spec in self.contract.outputs]
-        wanted = names if outputs is None else [self.contract.output(n).name for n in outputs]
-        tensors = [
-            torch.from_numpy(inputs[spec.name].copy()).to(self._device)
-            for spec in self.contract.inputs
-        ]
         autocast = torch.autocast(
             torch.device(self._device).type, dtype=torch.bfloat16, enabled=self._mixed_precision
         )
-        with torch.inference_mode(), autocast:
-            results = self._module(*tensors)
-        results = (results,) if isinstance(results, torch.Tensor) else results
-        found = dict(zip(names, results, strict=True))
-        return {name: _as_array(found[name]) for name in wanted}
+        with autocast:
+            return call_on_arrays(self._module, self.contract, inputs, outputs, self._device)
+
+
+def call_on_arrays(
+    call: Callable[..., Tensor | Sequence[Tensor]],
+    contract: ModelContract,
+    inputs: Arrays,
+    outputs: Sequence[str] | None,
+    device: str,
+) -> dict[str, NDArray[Any]]:
+    """What computes on tensors as a function of arrays.
+
+    Args:
+        call: Takes the contract's inputs in order, gives its outputs in order (a sequence, or one
+            tensor).
+        contract: What goes in and out.
+        inputs: By name.
+        outputs: Names of the outputs wanted; None: all.
+        device: A torch device.
+
+    Raises:
+        ContractError: Inputs are ill-formed, or there is no such output.
+    """
+    contract.check_inputs(inputs)
+    names = [spec.name for spec in contract.outputs]
+    wanted = names if outputs is None else [contract.output(n).name for n in outputs]
+    # Copied: an array may be read-only, which no tensor is.
+    tensors = [torch.from_numpy(inputs[s.name].copy()).to(device) for s in contract.inputs]
+    with torch.inference_mode():
+        results = call(*tensors)
+    results = (results,) if isinstance(results, Tensor) else results
+    found = dict(zip(names, results, strict=True))
+    return {name: _as_array(found[name]) for name in wanted}
 
 
 def _as_array(tensor: Tensor) -> NDArray[Any]:

@@ -13,7 +13,7 @@ residual branches are skipped (``drop_path``).
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from training.data.augment import AugmentConfig, augment_images
 from training.data.bad_images import UsableImages, usable_images
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
+from training.data.rand_augment import VariedImages, make_transform, varied_batches
 from training.distributed import DeviceName, Process, training_process
 from training.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from training.engine.loss_guard import LossGuard
@@ -122,6 +123,13 @@ class TrainClassifierConfig:
     """Where the model trains."""
     skip_bad: bool = False
     """Leave unreadable images out and list them in the manifest."""
+    num_workers: int = 0
+    """Processes that read and vary images where the recipe has ``rand_augment``; 0: the training
+    process does. The result does not depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +138,15 @@ class TaggedImages:
 
     images: Tensor
     """uint8 [n, s, s, 3], RGB, squeezed to squares."""
+    tags: Tensor
+    """float32 [n, c], 1 where the image has the class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaggedFiles:
+    """A data set that is read from its files in every epoch."""
+
+    images: tuple[ImageRecord, ...]
     tags: Tensor
     """float32 [n, c], 1 where the image has the class."""
 
@@ -156,7 +173,7 @@ def train_classifier(config: TrainClassifierConfig) -> None:
             recipe.model, len(folder.class_names), config.weights, backbone=recipe.backbone
         ).to(process.device)
         train, val, skipped = _load_data(config, usable, model, stage, process)
-        metrics = _fit(stage, model, recipe, train, val, process)
+        metrics = _fit(stage, model, recipe, train, val, process, num_workers=config.num_workers)
         if process.is_main:
             save_classifier(
                 stage.directory / WEIGHTS_NAME,
@@ -175,7 +192,7 @@ def _load_data(
     model: WeakTr,
     stage: Stage,
     process: Process,
-) -> tuple[TaggedImages, TaggedImages | None, dict[str, str]]:
+) -> tuple[TaggedImages | TaggedFiles, TaggedImages | None, dict[str, str]]:
     """Training and, on the process that measures, validation images; what was skipped of all."""
     recipe = config.recipe
     folder, skipped = usable.folder, dict(usable.skipped)
@@ -191,11 +208,16 @@ def _load_data(
             f"{recipe.batch_size}; choose a smaller batch_size"
         )
     side = model.config.vit.image_size
-    store = stage.directory / _IMAGES_NAME if process.num_processes > 1 else None
-    with process.main_first():
-        train = load_tagged_images(
-            folder, math.ceil(side * recipe.cache_margin), negatives=negatives, store=store
-        )
+    train: TaggedImages | TaggedFiles
+    if recipe.augment.rand_augment:
+        records = _all_records(folder, negatives)
+        train = TaggedFiles(images=records, tags=_tags(folder, len(records)))
+    else:
+        store = stage.directory / _IMAGES_NAME if process.num_processes > 1 else None
+        with process.main_first():
+            train = load_tagged_images(
+                folder, math.ceil(side * recipe.cache_margin), negatives=negatives, store=store
+            )
     val = None
     if config.val is not None and process.is_main:
         usable = usable_images(
@@ -255,11 +277,8 @@ def load_tagged_images(
         negatives: Images without any of the tags, which come after them.
         store: Keep the pixels in this file instead of memory; a whole one is used as it is.
     """
-    others = () if negatives is None else negatives.records
-    records = (*folder.records, *others)
-    tags = torch.zeros(len(records), len(folder.class_names))
-    for row, record in enumerate(folder.records):
-        tags[row, list(record.tags)] = 1.0
+    records = _all_records(folder, negatives)
+    tags = _tags(folder, len(records))
     shape = (len(records), side, side, 3)
     if store is None:
         images = np.empty(shape, dtype=np.uint8)
@@ -275,6 +294,18 @@ def load_tagged_images(
     if shared.shape != shape:
         raise ArtifactError(f"{store} holds {shared.shape}, expected {shape}; delete it")
     return TaggedImages(images=torch.from_numpy(shared), tags=tags)
+
+
+def _all_records(folder: CocoFolder, negatives: CocoFolder | None) -> tuple[ImageRecord, ...]:
+    return (*folder.records, *(() if negatives is None else negatives.records))
+
+
+def _tags(folder: CocoFolder, num_images: int) -> Tensor:
+    """[n, c] of the folder's images and, without tags, those after them."""
+    tags = torch.zeros(num_images, len(folder.class_names))
+    for row, record in enumerate(folder.records):
+        tags[row, list(record.tags)] = 1.0
+    return tags
 
 
 def _fill(images: NDArray[np.uint8], records: Sequence[ImageRecord]) -> None:
@@ -330,9 +361,11 @@ def _fit(
     stage: Stage,
     model: WeakTr,
     recipe: ClassifierRecipe,
-    train: TaggedImages,
+    train: TaggedImages | TaggedFiles,
     val: TaggedImages | None,
     process: Process,
+    *,
+    num_workers: int,
 ) -> dict[str, float]:
     optimizer = make_optimizer(model, recipe)
     checkpoint = stage.directory / _CHECKPOINT_NAME
@@ -360,6 +393,7 @@ def _fit(
                 image_size=model.config.vit.image_size,
                 on_step=lambda: progress.advance(task),
                 process=process,
+                num_workers=num_workers,
             )
             if not process.is_main:
                 continue
@@ -383,12 +417,13 @@ def _train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     recipe: ClassifierRecipe,
-    train: TaggedImages,
+    train: TaggedImages | TaggedFiles,
     epoch: int,
     *,
     image_size: int,
     on_step: Callable[[], None],
     process: Process,
+    num_workers: int,
 ) -> dict[str, float]:
     """One pass; order and augmentation depend on (seed, epoch) only, what a process skips by
     chance on its rank too.
@@ -399,23 +434,19 @@ def _train_epoch(
     batches = order.split(recipe.batch_size)[: len(order) // recipe.batch_size]
     rows = process.rows(recipe.batch_size)
     readings: list[dict[str, float]] = []
+    if isinstance(train, TaggedFiles):
+        inputs = _from_files(train, order, recipe, epoch, image_size, rows, num_workers=num_workers)
+    else:
+        inputs = _from_memory(train, batches, recipe, generator, image_size, rows, process.device)
     model.train()
-    for index, batch in enumerate(batches):
+    for index, (batch, images) in enumerate(zip(batches, inputs, strict=True)):
         rate = learning_rate(epoch * len(batches) + index, recipe.epochs * len(batches), recipe)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
-        images = augment_images(
-            train.images[batch[rows]].to(process.device),
-            image_size,
-            recipe.augment,
-            generator,
-            rows=rows,
-            batch_size=len(batch),
-        )
         with torch.autocast(
             process.device.type, dtype=torch.bfloat16, enabled=recipe.mixed_precision
         ):
-            output = model(images)
+            output = model(images.to(process.device))
         loss, parts = weaktr_loss(
             output,
             train.tags[batch[rows]].to(process.device),
@@ -431,6 +462,50 @@ def _train_epoch(
     return process.mean(
         {f"loss_{name}": _mean([r[name] for r in readings]) for name in readings[0]}
     )
+
+
+def _from_memory(
+    train: TaggedImages,
+    batches: Sequence[Tensor],
+    recipe: ClassifierRecipe,
+    generator: torch.Generator,
+    image_size: int,
+    rows: slice,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """This process's rows of each batch, varied at once."""
+    for batch in batches:
+        yield augment_images(
+            train.images[batch[rows]].to(device),
+            image_size,
+            recipe.augment,
+            generator,
+            rows=rows,
+            batch_size=len(batch),
+        )
+
+
+def _from_files(
+    train: TaggedFiles,
+    order: Tensor,
+    recipe: ClassifierRecipe,
+    epoch: int,
+    image_size: int,
+    rows: slice,
+    *,
+    num_workers: int,
+) -> Iterator[Tensor]:
+    """This process's rows of each batch, each image varied by itself."""
+    images = VariedImages(
+        records=[train.images[i] for i in order.tolist()],
+        transform=make_transform(image_size, recipe.augment),
+        seed=recipe.seed,
+        epoch=epoch,
+    )
+    size = recipe.batch_size
+    places = range(len(order) // size * size)
+    batches = [places[start : start + size][rows] for start in places[::size]]
+    return varied_batches(images, batches, num_workers=num_workers)
 
 
 def _measure(model: WeakTr, val: TaggedImages) -> dict[str, float]:

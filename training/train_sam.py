@@ -15,17 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional
@@ -40,6 +29,7 @@ from training.data.prompt_samples import (
 )
 from training.engine.checkpoint import load_checkpoint, save_checkpoint
 from training.engine.loss_guard import LossGuard
+from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
 from training.models.sam import (
     CompactImageEncoder,
@@ -185,7 +175,7 @@ def main(config: TrainSamConfig) -> None:
         )
         _LOGGER.info("going on after step %d", done)
     guard = LossGuard(checkpoint)
-    with _progress() as progress:
+    with stage_progress(slow=True) as progress:
         task = progress.add_task("train_sam", total=recipe.steps, completed=done)
         for step in range(done, recipe.steps):
             samples = draw_batch(folders, recipe, step)
@@ -447,25 +437,6 @@ def _write_state(stage: Stage, training: Training, recipe: SamRecipe, step: int)
     provenance = {**stage.identity, "steps": step}
     save_sam(stage.directory / WEIGHTS_NAME, training.average, recipe.model, provenance=provenance)
     _LOGGER.info("step %d: checkpoint and averaged weights written", step)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RateColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-
-
-class RateColumn(ProgressColumn):
-    """Seconds per step."""
-
-    def render(self, task: Task) -> Text:
-        """Text of the column; empty before the first step."""
-        return Text(f"{1 / task.speed:.2f} s/step" if task.speed else "")
 
 
 if __name__ == "__main__":

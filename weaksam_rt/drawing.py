@@ -17,6 +17,8 @@ PALETTE: tuple[Color, ...] = (
 )  # fmt: skip
 """Colours far apart from each other; class i takes colour i modulo their number."""
 _MASK_OPACITY = 0.45
+_PADDING = 3
+"""Around a caption, in pixels."""
 
 
 def draw_instances(
@@ -31,7 +33,7 @@ def draw_instances(
     Args:
         image: RGB uint8 [h, w, 3].
         boxes: [n, 4], XYXY in pixels.
-        captions: n texts, written at the box's top left corner; empty: none.
+        captions: n texts, written at a corner of the box where none stands yet; empty: none.
         colors: n numbers, taken modulo the palette.
         masks: n masks, blended over the image.
     """
@@ -44,9 +46,62 @@ def draw_instances(
         color = PALETTE[colors[i] % len(PALETTE)]
         if right > left and bottom > top:
             drawing.rectangle((left, top, right, bottom), outline=color, width=line_width)
-        if captions[i]:
-            _caption(drawing, (left, top), captions[i], color, font)
+    captioned = [i for i in range(len(boxes)) if captions[i]]
+    extents = [drawing.textbbox((0, 0), captions[i], font=font) for i in captioned]
+    sizes = [
+        (float(right - left + 2 * _PADDING), float(bottom - top + 2 * _PADDING))
+        for left, top, right, bottom in extents
+    ]
+    places = caption_places(boxes[captioned], sizes, canvas.size)
+    for i, (left, top, _, _), (width, height), (x, y) in zip(
+        captioned, extents, sizes, places, strict=True
+    ):
+        color = PALETTE[colors[i] % len(PALETTE)]
+        drawing.rectangle((x, y, x + width, y + height), fill=color)
+        corner = x + _PADDING - left, y + _PADDING - top
+        drawing.text(corner, captions[i], fill=(255, 255, 255), font=font)
     return canvas
+
+
+def caption_places(
+    boxes: NDArray[np.float32],
+    sizes: Sequence[tuple[float, float]],
+    canvas_size: tuple[int, int],
+) -> list[tuple[float, float]]:
+    """Where captions stand: outside or inside at the box's upper edge, else at its lower one,
+    flush left or right, at the first place where they cover none before; where there is none,
+    outside at the upper left.
+
+    Args:
+        boxes: [n, 4], XYXY in pixels; the first ones choose first.
+        sizes: n widths and heights of captions.
+        canvas_size: (width, height) of the picture, which captions do not leave.
+
+    Returns:
+        n upper left corners (x, y).
+    """
+    places: list[tuple[float, float]] = []
+    taken: list[tuple[float, float, float, float]] = []
+    for (left, top, right, bottom), (width, height) in zip(boxes.tolist(), sizes, strict=True):
+        corners = [
+            (
+                min(max(x, 0.0), max(canvas_size[0] - width, 0.0)),
+                min(max(y, 0.0), max(canvas_size[1] - height, 0.0)),
+            )
+            for y in (top - height, top, bottom - height, bottom)
+            for x in (left, right - width)
+        ]
+        is_free = [
+            not any(
+                x < t_right and t_left < x + width and y < t_bottom and t_top < y + height
+                for t_left, t_top, t_right, t_bottom in taken
+            )
+            for x, y in corners
+        ]
+        x, y = corners[is_free.index(True) if True in is_free else 0]
+        places.append((x, y))
+        taken.append((x, y, x + width, y + height))
+    return places
 
 
 def draw_points(
@@ -70,17 +125,3 @@ def _blend(
         color = np.array(PALETTE[colors[i] % len(PALETTE)], np.float32)
         blended[mask] = (1 - _MASK_OPACITY) * blended[mask] + _MASK_OPACITY * color
     return blended.astype(np.uint8)
-
-
-def _caption(
-    drawing: ImageDraw.ImageDraw,
-    corner: tuple[float, float],
-    text: str,
-    color: Color,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> None:
-    left, top, right, bottom = drawing.textbbox((0, 0), text, font=font)
-    height, padding = bottom - top, 3
-    x, y = corner[0], max(0.0, corner[1] - height - 2 * padding)
-    drawing.rectangle((x, y, x + right - left + 2 * padding, y + height + 2 * padding), fill=color)
-    drawing.text((x + padding - left, y + padding - top), text, fill=(255, 255, 255), font=font)

@@ -7,12 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from weaksam_rt.boxes import box_xyxy_from_xywh
 from weaksam_rt.preprocessing import ModelFrame, resize_matrix
 from weaksam_rt.types import ImageSize, InstanceMasks
 
 MASK_THRESHOLD = 0.0
 """A pixel with a logit above this is inside."""
 STABILITY_OFFSET = 1.0
+LOGIT_LIMIT = 1e30
+"""Larger logits count as this; NaN is outside its mask."""
 _ROWS_AT_A_TIME = 16
 """Of the search for the edges of a mask; the first few usually hold it."""
 
@@ -56,20 +59,24 @@ def boxes_from_logits(
     mask, at a small part of its cost.
 
     Args:
-        low_res_logits: [n, m, m] over the model frame.
+        low_res_logits: [n, m, m] over the model frame. NaN is outside its mask.
         frame: Where the image lies in it; padding is ignored.
 
     Returns:
         XYXY in pixels of the original image, [n, 4]; zeros for an empty mask.
     """
     valid = _crop_to_valid(low_res_logits, frame)
+    columns, rows = valid.max(axis=-2), valid.max(axis=-1)
+    if np.isnan(rows).any():
+        valid = np.where(np.isnan(valid), np.float32(-LOGIT_LIMIT), valid)
+        columns, rows = valid.max(axis=-2), valid.max(axis=-1)
     stride = frame.model_size / low_res_logits.shape[-1]
-    left, right = _crossings(valid.max(axis=-2))
-    top, bottom = _crossings(valid.max(axis=-1))
+    left, right = _crossings(columns.clip(-LOGIT_LIMIT, LOGIT_LIMIT))
+    top, bottom = _crossings(rows.clip(-LOGIT_LIMIT, LOGIT_LIMIT))
     boxes = np.stack([left, top, right, bottom], axis=-1) * stride
     height, width = frame.valid_size
     clipped = boxes.clip(0, [width, height, width, height])
-    is_empty = valid.max(axis=(-2, -1)) <= MASK_THRESHOLD
+    is_empty = rows.max(axis=-1) <= MASK_THRESHOLD
     return np.where(is_empty[:, None], np.float32(0), frame.to_image(clipped))
 
 
@@ -111,8 +118,8 @@ def stability_scores(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     Source:
         ``segment_anything.utils.amg.calculate_stability_score``.
     """
-    inner = np.count_nonzero(logits > MASK_THRESHOLD + STABILITY_OFFSET, axis=(-2, -1))
-    outer = np.count_nonzero(logits > MASK_THRESHOLD - STABILITY_OFFSET, axis=(-2, -1))
+    inner = _num_pixels(logits > MASK_THRESHOLD + STABILITY_OFFSET)
+    outer = _num_pixels(logits > MASK_THRESHOLD - STABILITY_OFFSET)
     return (inner / np.maximum(outer, 1)).astype(np.float32)
 
 
@@ -123,12 +130,32 @@ def low_res_stability(
     return stability_scores(_crop_to_valid(low_res_logits, frame))
 
 
+def low_res_areas(low_res_logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.float32]:
+    """Square pixels of the original image inside each mask of [n, m, m], [n]."""
+    stride = frame.model_size / low_res_logits.shape[-1]
+    inside = _crop_to_valid(low_res_logits, frame) > MASK_THRESHOLD
+    height, width = (
+        stride / (valid / full)
+        for valid, full in zip(frame.valid_size, frame.image_size, strict=True)
+    )
+    return (_num_pixels(inside) * (width * height)).astype(np.float32)
+
+
 def encode_rle(masks: NDArray[np.bool_]) -> tuple[bytes, ...]:
     """COCO's compressed run-length ``counts`` of each mask of [n, h, w]."""
     if len(masks) == 0:
         return ()
     column_major = np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8)
     return tuple(rle["counts"] for rle in coco_mask.encode(column_major))
+
+
+def compress_runs(runs: NDArray[np.int32], image_size: ImageSize) -> bytes:
+    """COCO's compressed ``counts`` of a mask from its run lengths down the columns, the first of
+    outside.
+    """
+    rle = {"counts": runs.tolist(), "size": list(image_size)}
+    counts: bytes = coco_mask.frPyObjects(rle, *image_size)["counts"]
+    return counts
 
 
 def decode_rle(counts: Sequence[bytes], image_size: ImageSize) -> NDArray[np.bool_]:
@@ -185,6 +212,13 @@ def rle_areas(masks: InstanceMasks) -> NDArray[np.float32]:
     return np.asarray(coco_mask.area(_rles(masks)), dtype=np.float32)
 
 
+def rle_boxes(masks: InstanceMasks) -> NDArray[np.float32]:
+    """``mask_to_box`` of each mask, [n, 4]."""
+    if len(masks) == 0:
+        return np.zeros((0, 4), np.float32)
+    return box_xyxy_from_xywh(coco_mask.toBbox(_rles(masks)))
+
+
 def rle_iou(masks: InstanceMasks, others: InstanceMasks) -> NDArray[np.float32]:
     """IoU of every mask with every other one, [n, m], in [0, 1]; 0 for two empty masks."""
     if len(masks) == 0 or len(others) == 0:
@@ -238,6 +272,12 @@ def _first_inside(
         start[searched] += _ROWS_AT_A_TIME
         searched = searched[start[searched] < num_rows]
     return found
+
+
+def _num_pixels(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
+    # Mask by mask: along axes NumPy counts several times slower.
+    flat = masks.reshape(-1, masks.shape[-2] * masks.shape[-1])
+    return np.array([np.count_nonzero(m) for m in flat], np.int64).reshape(masks.shape[:-2])
 
 
 def _crop_to_valid(low_res_logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.float32]:

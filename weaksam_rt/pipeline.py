@@ -27,23 +27,15 @@ from weaksam_rt.contracts import (
     parameters_to_json,
 )
 from weaksam_rt.errors import ContractError
-from weaksam_rt.masks import (
-    MASK_THRESHOLD,
-    boxes_from_logits,
-    encode_rle,
-    full_resolution_boxes,
-    image_logits,
-    low_res_stability,
-    mask_to_box,
-    masks_in_boxes,
-    stability_scores,
-)
+from weaksam_rt.masks import compress_runs, full_resolution_boxes, masks_in_boxes, rle_boxes
 from weaksam_rt.preprocessing import (
     ModelFrame,
     resize_for_detector,
     resize_longest_side,
     resize_to_square,
 )
+from weaksam_rt.prompt_clustering import encode_masks, summarize_masks
+from weaksam_rt.prompt_clustering.config import BackendName
 from weaksam_rt.prompts import (
     SamPrompt,
     box_prompt,
@@ -56,7 +48,6 @@ from weaksam_rt.prompts import (
 from weaksam_rt.proposals import (
     SOURCE_NAMES,
     PromptedBoxes,
-    ProposalConfig,
     passes_scores,
     select_proposals,
 )
@@ -73,6 +64,8 @@ from weaksam_rt.types import (
 _T = TypeVar("_T")
 _SINGLE_MASK = slice(0, 1)
 _MULTIMASK = slice(1, NUM_MASK_TOKENS)
+_MASK_PIXELS_AT_A_TIME = 2**26
+"""Of masks at the image's resolution, which take an eighth of a byte each at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -378,7 +371,7 @@ class WeakSamPipeline:
             singles += together
             sources += [int(source)] * len(together)
         parts = [
-            _boxes_of_call(decoded, np.array(sources, np.int32), embedded.frame, config)
+            _boxes_of_call(decoded, np.array(sources, np.int32), embedded.frame, self._config)
             for decoded in await self._decode(embedded, singles)
         ]
         return _in_prompt_order(parts)
@@ -391,15 +384,17 @@ class WeakSamPipeline:
         boxes, scores = np.zeros((*shape, 4), np.float32), np.zeros(shape, np.float32)
         stability = np.zeros(shape, np.float32)
         counts: list[tuple[bytes, ...]] = [()] * len(prompts)
+        backend = self._config.clustering.backend
         for decoded in await self._decode(embedded, prompts):
-            for i, position in enumerate(decoded.positions):
-                # One prompt at a time: full-resolution logits of many prompts would not fit.
-                logits = image_logits(decoded.logits[i, chosen], embedded.frame)
-                masks = logits > MASK_THRESHOLD
-                counts[position] = encode_rle(masks)
-                boxes[position] = mask_to_box(masks)
-                stability[position] = stability_scores(logits)
+            logits = decoded.logits[:, chosen].reshape(-1, *decoded.logits.shape[2:])
+            masks = masks_of_image(logits, embedded.frame, backend)
+            summary = summarize_masks(logits, *_all_of(logits, embedded.frame), backend=backend)
+            of_prompt = len(decoded.positions), num_masks
+            boxes[decoded.positions] = rle_boxes(masks).reshape(*of_prompt, 4)
+            stability[decoded.positions] = summary.stability.reshape(of_prompt)
             scores[decoded.positions] = decoded.iou_predictions[:, chosen]
+            for i, position in enumerate(decoded.positions):
+                counts[position] = masks.rle_counts[i * num_masks : (i + 1) * num_masks]
         return SegmentResult(
             mask_counts=tuple(counts),
             boxes=boxes,
@@ -485,29 +480,59 @@ def _class_ids(tags: Sequence[str], class_names: Sequence[str]) -> list[int]:
     return sorted({class_names.index(tag) for tag in tags})
 
 
+def _all_of(
+    logits: NDArray[np.float32], frame: ModelFrame
+) -> tuple[NDArray[np.int32], tuple[ModelFrame]]:
+    """That all masks are of one image, as the mask epilogue is told so."""
+    return np.zeros(len(logits), np.int32), (frame,)
+
+
+def masks_of_image(
+    logits: NDArray[np.float32], frame: ModelFrame, backend: BackendName
+) -> InstanceMasks:
+    """Masks at the image's resolution from SAM's logits, some at a time.
+
+    Args:
+        logits: [n, m, m] over the model frame.
+        frame: Where the image lies in it.
+        backend: What runs it.
+    """
+    height, width = frame.image_size
+    at_a_time = max(1, _MASK_PIXELS_AT_A_TIME // (height * width))
+    counts: list[bytes] = []
+    for begin in range(0, len(logits), at_a_time):
+        part = logits[begin : begin + at_a_time]
+        encoded = encode_masks(part, *_all_of(part, frame), backend=backend)
+        runs = np.split(encoded.runs, encoded.run_offsets[1:-1])
+        counts += [compress_runs(of_mask, frame.image_size) for of_mask in runs]
+    return InstanceMasks(rle_counts=tuple(counts), image_size=frame.image_size)
+
+
 def _boxes_of_call(
-    decoded: _Decoded, sources: NDArray[np.int32], frame: ModelFrame, config: ProposalConfig
+    decoded: _Decoded, sources: NDArray[np.int32], frame: ModelFrame, settings: PipelineConfig
 ) -> tuple[NDArray[np.int64], PromptedBoxes]:
     """Prompt positions and boxes of one decoder call's masks that pass the score filters."""
+    config = settings.proposals
     call_sources = sources[decoded.positions]
     chosen = np.zeros(decoded.iou_predictions.shape, dtype=bool)
     is_grid = call_sources == PromptSource.GRID
     for is_member, masks in ((is_grid, config.grid_masks), (~is_grid, config.peak_masks)):
         for mask in masks:
             chosen[is_member, _MULTIMASK.start + mask] = True
-    prompt, output = np.nonzero(chosen)
-    stability = low_res_stability(decoded.logits[chosen], frame)
-    scores = decoded.iou_predictions[chosen]
-    passed = passes_scores(call_sources[prompt], scores, stability, config)
-    prompt, output = prompt[passed], output[passed]
-    box_function = full_resolution_boxes if config.full_resolution_boxes else boxes_from_logits
-    boxes = PromptedBoxes(
-        boxes=box_function(decoded.logits[prompt, output], frame),
+    prompt = np.nonzero(chosen)[0]
+    logits, scores = decoded.logits[chosen], decoded.iou_predictions[chosen]
+    backend = settings.clustering.backend
+    summary = summarize_masks(logits, *_all_of(logits, frame), backend=backend)
+    passed = passes_scores(call_sources[prompt], scores, summary.stability, config)
+    boxes = summary.boxes[passed]
+    if config.full_resolution_boxes:
+        boxes = full_resolution_boxes(logits[passed], frame)
+    return decoded.positions[prompt[passed]], PromptedBoxes(
+        boxes=boxes,
         iou_predictions=scores[passed],
-        stability=stability[passed],
-        sources=call_sources[prompt],
+        stability=summary.stability[passed],
+        sources=call_sources[prompt[passed]],
     )
-    return decoded.positions[prompt], boxes
 
 
 def _in_prompt_order(parts: Sequence[tuple[NDArray[np.int64], PromptedBoxes]]) -> PromptedBoxes:

@@ -171,7 +171,7 @@ class SegmentResult:
     scores: NDArray[np.float32]
     """[p, m], SAM's predicted IoU."""
     stability_scores: NDArray[np.float32]
-    """[p, m]."""
+    """[p, m], in [0, 1], of the masks as SAM's decoder gave them, the frame's padding left out."""
     image_size: ImageSize
 
 

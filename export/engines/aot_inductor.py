@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from export.engines.base import BuiltEngine, EngineBuildError, EngineConfig, EngineSource
 from export.engines.tensorrt import this_gpu
 from export.exportable import example_inputs
 from export.onnx_from_module import dynamic_shapes
+from training.torch_backend import call_on_arrays
 from weaksam_rt.artifacts import ModelArtifact
 from weaksam_rt.backends.base import Arrays
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError
@@ -132,15 +131,4 @@ class AotInductorModel:
         self, inputs: Arrays, outputs: Sequence[str] | None = None
     ) -> dict[str, NDArray[Any]]:
         """Run once; raises ``ContractError`` for ill-formed inputs and unknown outputs."""
-        self.contract.check_inputs(inputs)
-        names = [spec.name for spec in self.contract.outputs]
-        wanted = names if outputs is None else [self.contract.output(n).name for n in outputs]
-        tensors = [
-            torch.from_numpy(np.ascontiguousarray(inputs[spec.name])).to(self._device)
-            for spec in self.contract.inputs
-        ]
-        with torch.inference_mode():
-            answer = self._call(*tensors)
-        found = (answer,) if isinstance(answer, Tensor) else tuple(answer)
-        arrays = {n: t.cpu().numpy() for n, t in zip(names, found, strict=True)}
-        return {name: arrays[name] for name in wanted}
+        return call_on_arrays(self._call, self.contract, inputs, outputs, self._device)

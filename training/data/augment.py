@@ -29,6 +29,10 @@ class AugmentConfig:
     """Greatest relative change of brightness, contrast and saturation, in [0, 1)."""
     erase: float = 0.25
     """Chance to grey out a random rectangle, in [0, 1]; the model must find other parts."""
+    rand_augment: str = ""
+    """RandAugment in timm's words, for example ``rand-m9-mstd0.5-inc1``: images then come from
+    their files, and timm varies them one by one (``training.data.rand_augment``), ``min_crop``
+    being the root of the least area. Empty: whole batches of scaled images are varied at once."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_crop <= 1:
@@ -37,6 +41,22 @@ class AugmentConfig:
             raise ValueError(f"colour must lie in [0, 1); got {self.colour}")
         if not (0 <= self.flip <= 1 and 0 <= self.erase <= 1):
             raise ValueError(f"flip and erase are chances in [0, 1]; got {self.flip}, {self.erase}")
+        if self.rand_augment and not self.rand_augment.startswith("rand-"):
+            raise ValueError(
+                "rand_augment must be like rand-m9-mstd0.5-inc1, or empty; got "
+                f"{self.rand_augment!r}"
+            )
+
+
+def published_augment() -> AugmentConfig:
+    """As WeakTr and DeiT train: crops of 8 to 100 % of the area, RandAugment, erasing.
+
+    Source:
+        WeakTr's defaults: RandAugment m9-std0.5-inc1, colour jitter 0.4, random erasing 0.25.
+    """
+    return AugmentConfig(
+        min_crop=0.08**0.5, colour=0.4, erase=0.25, rand_augment="rand-m9-mstd0.5-inc1"
+    )
 
 
 def normalize_images(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:

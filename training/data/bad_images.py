@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from training.data.coco import CocoFolder, ImageRecord, unreadable
+from training.data.coco import CocoFolder, ImageRecord, of_another_size, unreadable
 
 _LOGGER = logging.getLogger(__name__)
 _UPRIGHT_AFTER_TURN = range(5, 9)
@@ -63,8 +63,4 @@ def check_image(record: ImageRecord) -> None:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise unreadable(record.path, error) from error
     if record.image_size not in ({size, size[::-1]} if is_turned else {size}):
-        raise ValueError(
-            f"{record.path} is {size[1]}x{size[0]}, the annotations say "
-            f"{record.image_size[1]}x{record.image_size[0]} (width x height); correct one of "
-            "them, or leave such images out with --skip-bad"
-        )
+        raise of_another_size(record, size)

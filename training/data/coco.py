@@ -19,6 +19,11 @@ from pycocotools import mask as coco_mask
 
 from weaksam_rt.boxes import box_xyxy_from_xywh
 from weaksam_rt.masks import decode_rle
+from weaksam_rt.types import ImageSize
+
+_LEAVE_OUT = (
+    "leave such images out with --skip-bad (of training.generate_proposals: --recipe.skip-bad)"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +32,7 @@ class ImageRecord:
 
     image_id: int
     path: Path
-    image_size: tuple[int, int]
+    image_size: ImageSize
     """(height, width) in pixels."""
     boxes: NDArray[np.float32]
     """[n, 4], XYXY, pixels."""
@@ -82,9 +87,15 @@ class ImageRecord:
 
 def unreadable(path: Path, error: Exception) -> ValueError:
     """The error of an image that cannot be decoded."""
+    return ValueError(f"cannot read {path}: {error}; repair or remove it, or {_LEAVE_OUT}")
+
+
+def of_another_size(record: ImageRecord, found: ImageSize) -> ValueError:
+    """The error of an image of another size than its annotations say."""
+    height, width = record.image_size
     return ValueError(
-        f"cannot read {path}: {error}; repair or remove it, or leave such images out with "
-        "--skip-bad (of training.generate_proposals: --recipe.skip-bad)"
+        f"{record.path} is {found[1]}x{found[0]}, the annotations say {width}x{height} (width x "
+        f"height); correct one of them, or {_LEAVE_OUT}"
     )
 
 

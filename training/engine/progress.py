@@ -13,13 +13,15 @@ from rich.progress import (
 from rich.text import Text
 
 
-def stage_progress() -> Progress:
-    """A progress display with rate, time spent and time left."""
+def stage_progress(*, slow: bool = False) -> Progress:
+    """A progress display with rate, time spent and time left; ``slow``: seconds a step instead of
+    steps a second.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _RateColumn(),
+        _SecondsColumn() if slow else _RateColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -28,3 +30,8 @@ def stage_progress() -> Progress:
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.2f}/s" if task.speed else "")
+
+
+class _SecondsColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{1 / task.speed:.2f} s/step" if task.speed else "")

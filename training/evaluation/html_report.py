@@ -32,7 +32,7 @@ _HEAD = """<!doctype html>
 body{{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:78rem;padding:0 1rem}}
 table{{border-collapse:collapse;margin:.6rem 0 1.6rem}}
 th,td{{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}}
-th:first-child,td:first-child{{text-align:left}}
+th:first-child,td:first-child,.text{{text-align:left}}
 .bar{{display:inline-block;height:.7rem;background:#d65a31;vertical-align:middle}}
 .pictures{{display:flex;flex-wrap:wrap;gap:1rem}}
 figure{{margin:0;max-width:{picture_px}px}}figcaption{{font-size:.85rem;overflow-wrap:anywhere}}
@@ -142,13 +142,16 @@ def _mask_parts(masks: Mapping[str, Any] | None) -> list[str]:
 
 
 def _error_table(report: Mapping[str, Any]) -> str:
-    header = "".join(f"<th>{text}</th>" for text in ("error", "means", "count", "AP50 gained", ""))
-    lines = [f"<table><tr>{header}</tr>"]
+    header = "".join(f"<th>{text}</th>" for text in ("count", "AP50 gained", ""))
+    lines = [f'<table><tr><th>error</th><th class="text">means</th>{header}</tr>']
     for name, error in report["errors"].items():
         gain = error["ap_gain"] or 0.0
         bar = f'<span class="bar" style="width:{max(0.0, gain) * 100:.1f}px"></span>'
-        cells = [name, CAUSES[name], str(error["count"]), _percent(error["ap_gain"])]
-        lines.append(_row(cells, more=f"<td>{bar}</td>"))
+        numbers = "".join(
+            f"<td>{n}</td>" for n in (error["count"], _percent(error["ap_gain"]), bar)
+        )
+        means = f'<td class="text">{html.escape(CAUSES[name])}</td>'
+        lines.append(f"<tr><td>{html.escape(name)}</td>{means}{numbers}</tr>")
     return "\n".join([*lines, "</table>"])
 
 
@@ -181,8 +184,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([f"<table><tr>{names}</tr>", *map(_row, rows), "</table>"])
 
 
-def _row(cells: Sequence[str], *, more: str = "") -> str:
-    return f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in cells)}{more}</tr>"
+def _row(cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in cells)}</tr>"
 
 
 def _percent(value: float | None) -> str:

@@ -182,6 +182,9 @@ def class_nms(
 ) -> NDArray[np.int64]:
     """Greedy non-maximum suppression within each label.
 
+    For callers whose boxes lie on the GPU; the pipeline has its boxes on the host, where
+    ``boxes.batched_nms`` does the same.
+
     Args:
         boxes: float32 [n, 4], XYXY, any frame; these three of any library (``as_array``). One with
             a coordinate that is not finite overlaps none.

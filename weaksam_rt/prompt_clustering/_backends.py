@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from weaksam_rt.errors import BackendUnavailableError
 from weaksam_rt.preprocessing import ModelFrame
 from weaksam_rt.prompt_clustering import _plan, _reference
+from weaksam_rt.prompt_clustering._low_res_masks import inside_down_columns
 from weaksam_rt.prompt_clustering._low_res_peaks import low_res_peaks
 from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSummary, PromptBatch
 from weaksam_rt.prompt_clustering.config import BackendName, ClusteringConfig
@@ -60,7 +61,7 @@ class PromptBackend(Protocol):
 
 
 class ReferenceBackend:
-    """NumPy: the definition, with its peaks found on a part of the pixels."""
+    """NumPy: the definition, with peaks and masks found on a part of the pixels."""
 
     def prompt_batch(self, batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
         """Peaks of all maps together, then image by image."""
@@ -92,7 +93,9 @@ class ReferenceBackend:
         frames: Sequence[ModelFrame],
     ) -> EncodedMasks:
         """Mask by mask."""
-        return _reference.encode_masks(host_array("logits", logits), mask_images, frames)
+        return _reference.encode_masks(
+            host_array("logits", logits), mask_images, frames, upsample=inside_down_columns
+        )
 
     def class_nms(
         self,

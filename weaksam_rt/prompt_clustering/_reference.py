@@ -14,16 +14,23 @@ from numpy.typing import NDArray
 
 from weaksam_rt.boxes import Boxes, batched_nms
 from weaksam_rt.class_activation_map import PeakConfig, Peaks, normalize_maps, peak_points
-from weaksam_rt.masks import MASK_THRESHOLD, boxes_from_logits, low_res_stability
+from weaksam_rt.masks import (
+    LOGIT_LIMIT,
+    MASK_THRESHOLD,
+    boxes_from_logits,
+    low_res_areas,
+    low_res_stability,
+)
 from weaksam_rt.preprocessing import ModelFrame, upsample_maps
 from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSummary, PromptBatch
 from weaksam_rt.prompt_clustering.device_arrays import host_array
 from weaksam_rt.prompts import FOREGROUND, PADDING, class_prompts
 from weaksam_rt.types import NO_CLASS, ImageSize, PointPrompts, PromptSource
 
-_LOGIT_LIMIT = 1e30
 PeakFinder = Callable[[NDArray[np.float32], ImageSize, PeakConfig], list[Peaks]]
 """Peaks of each of m low-resolution maps [m, h, w]."""
+MaskUpsampler = Callable[[NDArray[np.float32], ModelFrame], NDArray[np.bool_]]
+"""Finite logits [m, m] to the pixels of the image inside the mask, [w * h], down the columns."""
 
 _MAX_ITERATIONS = 300
 _NUM_FIRST_CENTRES = 4
@@ -207,7 +214,6 @@ def summarize_masks(
         mask_images: [n], position of each mask's image in ``frames``.
         frames: For each image its frame.
     """
-    clean = _usable_logits(logits)
     summary = MaskSummary(
         boxes=np.zeros((len(logits), 4), np.float32),
         stability=np.zeros(len(logits), np.float32),
@@ -217,50 +223,50 @@ def summarize_masks(
         members = np.flatnonzero(mask_images == image)
         if len(members) == 0:
             continue
-        summary.boxes[members] = boxes_from_logits(clean[members], frame)
-        summary.stability[members] = low_res_stability(clean[members], frame)
-        summary.areas[members] = _mask_areas(clean[members], frame)
+        # Of one image, as a rule: not copied.
+        of_image = logits if len(members) == len(logits) else logits[members]
+        summary.boxes[members] = boxes_from_logits(of_image, frame)
+        summary.stability[members] = low_res_stability(of_image, frame)
+        summary.areas[members] = low_res_areas(of_image, frame)
     return summary
 
 
-def _mask_areas(logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.float32]:
-    side = logits.shape[-1]
-    stride = frame.model_size / side
-    height, width = (max(1, -(-v * side // frame.model_size)) for v in frame.valid_size)
-    inside = np.count_nonzero(logits[:, :height, :width] > MASK_THRESHOLD, axis=(1, 2))
-    cell_height, cell_width = (
-        stride / (valid / full)
-        for valid, full in zip(frame.valid_size, frame.image_size, strict=True)
-    )
-    return (inside * (cell_width * cell_height)).astype(np.float32)
-
-
-def _usable_logits(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    clean = np.where(np.isnan(logits), -np.inf, logits)
-    return clean.clip(-_LOGIT_LIMIT, _LOGIT_LIMIT).astype(np.float32)
-
-
-def encode_masks(
-    logits: NDArray[np.float32], mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]
-) -> EncodedMasks:
-    """Masks at the resolution of their images, as bits and as run lengths.
+def inside_down_columns(logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.bool_]:
+    """Which pixels of the image are inside a mask, [w * h], down the columns.
 
     The logits are resized to the model frame, which is cut to its valid part and resized to the
     image, as SAM does; a pixel above ``MASK_THRESHOLD`` is inside.
+    """
+    height, width = frame.valid_size
+    in_frame = upsample_maps(logits, (frame.model_size, frame.model_size))
+    in_image = upsample_maps(in_frame[:height, :width], frame.image_size)
+    return (in_image > MASK_THRESHOLD).T.ravel()
+
+
+def encode_masks(
+    logits: NDArray[np.float32],
+    mask_images: NDArray[np.int32],
+    frames: Sequence[ModelFrame],
+    *,
+    upsample: MaskUpsampler = inside_down_columns,
+) -> EncodedMasks:
+    """Masks at the resolution of their images, as bits and as run lengths.
 
     Args:
         logits: [n, m, m] over the model frame. NaN is outside; values beyond 1e30 count as 1e30.
         mask_images: [n], position of each mask's image in ``frames``.
         frames: For each image its frame.
+        upsample: ``inside_down_columns``, or a faster one.
     """
     bits, runs = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
-    for mask, image in zip(_usable_logits(logits), mask_images, strict=True):
-        is_inside = _column_order_mask(mask, frames[image])
+    for mask, image in zip(logits, mask_images, strict=True):
+        is_inside = upsample(_usable_logits(mask), frames[image])
         padding = np.zeros(-len(is_inside) % 32, bool)
         packed = np.packbits(np.concatenate([is_inside, padding]), bitorder="little")
         bits.append(packed.view("<u4").astype(np.uint32))
-        changes = np.flatnonzero(np.diff(is_inside, prepend=False))
-        runs.append(np.diff(changes, prepend=0, append=len(is_inside)).astype(np.int32))
+        changes = np.flatnonzero(is_inside[1:] != is_inside[:-1]) + 1
+        first = [0, 0] if is_inside[0] else [0]
+        runs.append(np.diff(np.concatenate([first, changes, [len(is_inside)]])).astype(np.int32))
     return EncodedMasks(
         bits=np.concatenate(bits),
         word_offsets=_offsets([len(words) for words in bits[1:]]),
@@ -269,11 +275,12 @@ def encode_masks(
     )
 
 
-def _column_order_mask(logits: NDArray[np.float32], frame: ModelFrame) -> NDArray[np.bool_]:
-    height, width = frame.valid_size
-    in_frame = upsample_maps(logits, (frame.model_size, frame.model_size))
-    in_image = upsample_maps(in_frame[:height, :width], frame.image_size)
-    return (in_image > MASK_THRESHOLD).T.ravel()
+def _usable_logits(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    # Not so where one is NaN.
+    if logits.min() >= -LOGIT_LIMIT and logits.max() <= LOGIT_LIMIT:
+        return logits
+    clean = np.where(np.isnan(logits), -np.inf, logits)
+    return clean.clip(-LOGIT_LIMIT, LOGIT_LIMIT).astype(np.float32)
 
 
 def class_nms(

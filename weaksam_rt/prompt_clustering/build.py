@@ -9,26 +9,28 @@ from typing import Any
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 
 from weaksam_rt.prompt_clustering._prebuilt import FOLDER, build_prebuilt
 
 
-def resource_table(manifest: dict[str, Any]) -> list[str]:
-    """Markdown: registers of a thread, static shared bytes of a block, spilled bytes of a thread.
+def resource_rows(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
+    """By kernel and GPU: registers of a thread, static shared bytes of a block, spilled bytes of a
+    thread; the first row is the header.
 
     Args:
         manifest: Of ``build_prebuilt``.
     """
     of_gpus = {n: e for n, e in manifest["architectures"].items() if n.startswith("sm_")}
-    lines = ["| kernel | " + " | ".join(of_gpus) + " |", "| --- |" + " ---: |" * len(of_gpus)]
+    rows = [("kernel", *of_gpus)]
     for kernel in next(iter(of_gpus.values()))["kernels"]:
         needs = [entry["kernels"][kernel] for entry in of_gpus.values()]
-        cells = [
+        cells = (
             f"{n['registers']}, {n['static_shared_bytes']}, {n['spilled_bytes']}" for n in needs
-        ]
-        lines.append(f"| {kernel} | " + " | ".join(cells) + " |")
-    sizes = [f"{entry['bytes'] / 1024:.0f} KiB" for entry in of_gpus.values()]
-    return [*lines, "| cubin | " + " | ".join(sizes) + " |"]
+        )
+        rows.append((kernel, *cells))
+    sizes = (f"{entry['bytes'] / 1024:.0f} KiB" for entry in of_gpus.values())
+    return [*rows, ("cubin", *sizes)]
 
 
 def main(folder: Path = FOLDER) -> None:
@@ -38,7 +40,11 @@ def main(folder: Path = FOLDER) -> None:
         folder: Where the files go.
     """
     manifest = build_prebuilt(folder)
-    Console(width=200).print("\n".join(resource_table(manifest)), markup=False)
+    header, *rows = resource_rows(manifest)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 if __name__ == "__main__":

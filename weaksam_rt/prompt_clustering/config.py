@@ -21,7 +21,8 @@ class ClusteringConfig:
     points_per_cluster: int = 5
     """Cross-attention peaks per cluster: n peaks give max(1, n // points_per_cluster) clusters."""
     backend: BackendName = "reference"
-    """What runs it; all give the same prompts."""
+    """What runs it, and what turns SAM's logits into boxes and masks; all give the same prompts and
+    masks."""
 
     def __post_init__(self) -> None:
         if self.points_per_cluster < 1:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.unit.training.tiny_recipe import tiny_recipe
 from training.convert_data import convert_coco, convert_voc
 from training.data.coco import load_coco_folder
 from training.data.voc import VOC_CLASSES, read_voc_annotation
 from training.generate_scenes import GenerateScenesConfig, generate_scenes
 from training.models.sam import build_sam, compact, save_sam
-from training.models.vit import VitConfig
 from training.recipes import RECIPES
 from training.run import RunConfig, run
 from weaksam_rt.files import write_json
@@ -181,32 +181,6 @@ def test_a_class_that_voc_has_not_is_refused(scenes, tmp_path):
         convert_voc(devkit, tmp_path / "out")
 
 
-def _tiny(recipe):
-    """The recipe's methods and thresholds with toy sizes and one epoch of everything."""
-    vit = VitConfig(image_size=64, patch_size=16, dim=24, depth=2, num_heads=3)
-    weaktr = dataclasses.replace(recipe.classifier.model, vit=vit, gate_reduction=2)
-    pipeline = recipe.proposals.pipeline
-    few = dataclasses.replace(pipeline.proposals, points_per_side=4, min_side_px=4.0)
-    return dataclasses.replace(
-        recipe,
-        classifier=dataclasses.replace(recipe.classifier, model=weaktr, epochs=1, batch_size=4),
-        proposals=dataclasses.replace(
-            recipe.proposals, pipeline=dataclasses.replace(pipeline, proposals=few)
-        ),
-        wsod=dataclasses.replace(
-            recipe.wsod,
-            epochs=1,
-            min_side_px=4.0,
-            model=dataclasses.replace(recipe.wsod.model, image_size=96),
-        ),
-        detector=dataclasses.replace(
-            recipe.detector,
-            epochs=1,
-            model=dataclasses.replace(recipe.detector.model, image_size=96),
-        ),
-    )
-
-
 def _converted(name, scenes, root):
     """The training and the validation folder of a recipe, converted from its true layout."""
     year = 2000 + int(name[-2:])
@@ -246,7 +220,7 @@ def test_the_recipe_runs_from_the_true_layout_to_a_detector(name, scenes, tmp_pa
             trunk_weights=_TRUNK,
             val_proposals=False,  # an untrained classifier sees every class, which takes minutes
         ),
-        _tiny(RECIPES[name]()),
+        tiny_recipe(RECIPES[name]()),
     )
     assert 0 <= report["detector"]["voc_ap50"] <= 1
     assert (tmp_path / "run" / "detector" / "report.html").is_file()

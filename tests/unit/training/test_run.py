@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.unit.training.tiny_recipe import tiny_recipe
 from training.engine.stage import read_manifest
 from training.generate_scenes import GenerateScenesConfig, generate_scenes
 from training.models.sam import build_sam, compact, save_sam
-from training.models.vit import VitConfig
-from training.models.weaktr import WeakTrConfig
 from training.recipes import RECIPES, scenes
 from training.retrain_detector import load_detector
 from training.run import RunConfig, run
@@ -21,30 +20,7 @@ _TRUNK = _DATA / "weights" / "squeezenet1_0_imagenet.pt"
 
 
 def _tiny_recipe():
-    recipe = scenes()
-    vit = VitConfig(image_size=64, patch_size=16, dim=24, depth=2, num_heads=3)
-    model = WeakTrConfig(vit=vit, gate_reduction=2)
-    pipeline = recipe.proposals.pipeline
-    few = dataclasses.replace(pipeline.proposals, points_per_side=4, min_side_px=4.0)
-    return dataclasses.replace(
-        recipe,
-        classifier=dataclasses.replace(recipe.classifier, model=model, epochs=1, batch_size=4),
-        proposals=dataclasses.replace(
-            recipe.proposals, pipeline=dataclasses.replace(pipeline, proposals=few)
-        ),
-        wsod=dataclasses.replace(
-            recipe.wsod,
-            epochs=1,
-            min_side_px=4.0,
-            model=dataclasses.replace(recipe.wsod.model, image_size=96),
-        ),
-        detector=dataclasses.replace(
-            recipe.detector,
-            epochs=1,
-            batch_size=2,
-            model=dataclasses.replace(recipe.detector.model, image_size=96),
-        ),
-    )
+    return tiny_recipe(scenes(), batch_size=2)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,12 @@ import timm
 import torch
 
 import training.train_classifier as stage_module
-from training.data.augment import AugmentConfig, augment_images, normalize_images
+from training.data.augment import (
+    AugmentConfig,
+    augment_images,
+    normalize_images,
+    published_augment,
+)
 from training.data.coco import load_coco_folder
 from training.data.scenes import SceneConfig
 from training.engine.checkpoint import load_weights
@@ -63,8 +68,11 @@ def test_a_run_writes_a_loadable_classifier_and_its_metrics(scenes, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
-def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_run(scenes, tmp_path, monkeypatch):
-    train_classifier(_config(scenes, tmp_path / "whole"))
+@pytest.mark.parametrize("augment", [AugmentConfig(), published_augment()])
+def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_run(
+    scenes, tmp_path, monkeypatch, augment
+):
+    train_classifier(_config(scenes, tmp_path / "whole", augment=augment))
     real = stage_module._train_epoch
 
     def dies_in_the_second_epoch(model, optimizer, recipe, train, epoch, **rest):
@@ -74,10 +82,10 @@ def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_run(scenes, tmp_p
 
     monkeypatch.setattr(stage_module, "_train_epoch", dies_in_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
-        train_classifier(_config(scenes, tmp_path / "killed"))
+        train_classifier(_config(scenes, tmp_path / "killed", augment=augment))
     monkeypatch.setattr(stage_module, "_train_epoch", real)
     torch.manual_seed(77)
-    train_classifier(_config(scenes, tmp_path / "killed"))
+    train_classifier(_config(scenes, tmp_path / "killed", augment=augment))
     whole, killed = (
         load_weights(tmp_path / name / stage_module.WEIGHTS_NAME) for name in ("whole", "killed")
     )
@@ -149,6 +157,21 @@ def test_rows_of_a_batch_come_out_as_in_the_whole_batch():
             images[rows], 16, config, torch.Generator().manual_seed(4), rows=rows, batch_size=6
         )
         assert torch.equal(part, whole[rows])
+
+
+def test_processes_share_a_batch_of_files_as_one_would_vary_it(scenes):
+    records = load_coco_folder(scenes / "train").records
+    train = stage_module.TaggedFiles(images=records, tags=torch.zeros(len(records), 8))
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(1))
+    recipe = dataclasses.replace(_RECIPE, augment=published_augment())
+
+    def batches(rows):
+        return list(stage_module._from_files(train, order, recipe, 0, 32, rows, num_workers=0))
+
+    whole, first, second = (batches(rows) for rows in (slice(0, 4), slice(0, 2), slice(2, 4)))
+    assert [len(batch) for batch in whole] == [4, 4]
+    for batch, parts in zip(whole, zip(first, second, strict=True), strict=True):
+        assert torch.equal(batch, torch.cat(parts))
 
 
 def test_a_timm_backbone_starts_from_a_file(tmp_path):

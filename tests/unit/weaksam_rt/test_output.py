@@ -1,10 +1,13 @@
 import json
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
+from weaksam_rt.boxes import box_iou
 from weaksam_rt.coco_output import LabelledImage, coco_dataset
-from weaksam_rt.drawing import PALETTE, draw_instances
+from weaksam_rt.drawing import PALETTE, caption_places, draw_instances
 from weaksam_rt.masks import encode_rle
 from weaksam_rt.types import Detections, InstanceMasks
 
@@ -55,3 +58,22 @@ def test_nothing_found_leaves_the_picture_as_it_is():
     image = np.full((8, 8, 3), 9, np.uint8)
     drawn = draw_instances(image, np.zeros((0, 4), np.float32), [], [])
     np.testing.assert_array_equal(np.asarray(drawn), image)
+
+
+def test_captions_of_boxes_at_one_place_do_not_cover_each_other():
+    boxes = np.array([[30, 30, 90, 80]] * 4, np.float32)
+    sizes = [(50.0, 12.0)] * 4
+    places = np.array(caption_places(boxes, sizes, (120, 100)))
+    assert places[0].tolist() == [30, 18]
+    corners = np.concatenate([places, places + sizes[0]], axis=1).astype(np.float32)
+    assert (box_iou(corners, corners) - np.eye(4)).max() <= 0
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 30))
+def test_captions_stay_in_the_picture(seed, num):
+    rng = np.random.default_rng(seed)
+    boxes = rng.uniform(-50, 150, (num, 4)).astype(np.float32)
+    sizes = [tuple(size) for size in rng.uniform(5, 60, (num, 2)).tolist()]
+    for (x, y), (width, height) in zip(caption_places(boxes, sizes, (70, 65)), sizes, strict=True):
+        assert 0 <= x <= x + width <= 70 + 1e-6
+        assert 0 <= y <= y + height <= 65 + 1e-6

@@ -6,6 +6,7 @@ from PIL import Image
 
 from training.data.bad_images import check_image, usable_images
 from training.data.coco import load_coco_folder
+from training.proposer import read_image
 from weaksam_rt.files import write_json
 
 
@@ -53,6 +54,17 @@ def test_a_bad_image_is_an_error_that_names_it_or_a_listed_skip(root, spoil):
     if spoil is not _of_another_size:
         with pytest.raises(ValueError, match=r"cannot read .*images/2\.jpg"):
             folder.records[2].image()
+
+
+@pytest.mark.parametrize("read", [check_image, read_image])
+def test_an_image_of_another_size_than_described_is_named_with_both_sizes(root, read):
+    content = json.loads((root / "instances.json").read_text())
+    width, height = (content["images"][0][side] for side in ("width", "height"))
+    content["images"][0]["height"] = height + 1
+    write_json(root / "instances.json", content)
+    found, said = f"{width}x{height}", f"{width}x{height + 1}"
+    with pytest.raises(ValueError, match=rf"0\.jpg is {found}, .*{said}.*--skip-bad"):
+        read(load_coco_folder(root).records[0])
 
 
 def test_good_images_are_all_used(root):

@@ -1,51 +1,21 @@
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from training.data.coco import CocoFolder, ImageRecord
+from tests.unit.training.evaluation.hand_made import SIZE as _SIZE
+from tests.unit.training.evaluation.hand_made import detections_of as _detections
+from tests.unit.training.evaluation.hand_made import folder_of as _folder
+from tests.unit.training.evaluation.hand_made import record as _record
 from training.evaluation.error_breakdown import CAUSES, confusion_matrix, error_breakdown
 from training.evaluation.voc_ap import voc_ap
 from weaksam_rt.boxes import box_iou
 from weaksam_rt.types import Detections
 
-_SIZE = (100, 100)
 _CAT, _DOG = 0, 1
 _OBJECT, _OTHER = [0, 0, 20, 20], [60, 60, 90, 90]
 _HALF = [0, 0, 20, 8]  # IoU 0.4 with _OBJECT
 _ELSEWHERE = [60, 0, 80, 20]
-
-
-def _record(boxes, labels, is_crowd=None, image_id=1):
-    boxes = np.array(boxes, np.float32).reshape(-1, 4)
-    return ImageRecord(
-        image_id=image_id,
-        path=Path("x.jpg"),
-        image_size=_SIZE,
-        boxes=boxes,
-        labels=np.array(labels, np.int64),
-        is_crowd=np.zeros(len(boxes), bool) if is_crowd is None else np.array(is_crowd, bool),
-        segmentations=(),
-    )
-
-
-def _folder(*records, class_names=("cat", "dog")):
-    return CocoFolder(
-        root=Path("data"),
-        class_names=class_names,
-        category_ids=tuple(range(1, 1 + len(class_names))),
-        records=records,
-    )
-
-
-def _detections(boxes, scores, labels):
-    return Detections(
-        boxes=np.array(boxes, np.float32).reshape(-1, 4),
-        scores=np.array(scores, np.float32),
-        labels=np.array(labels, np.int64),
-        image_size=_SIZE,
-    )
 
 
 def _counts(folder, found):

@@ -96,7 +96,7 @@ def test_the_page_has_the_figures_of_the_report(folder, detections, tmp_path):
     assert report["errors"]["classification"]["count"] == 1
     assert report["confusion"] == [[2, 1, 1], [0, 0, 0], [1, 0, 0]]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    cells = re.findall(r"<td>([^<]*)</td>", page)
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page)
     assert f"{100 * report['voc_ap50']:.1f}" in cells
     assert "lies on nothing" in cells
     assert "-100.0" not in page  # COCO's sign for "no objects of this size"

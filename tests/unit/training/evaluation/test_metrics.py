@@ -1,12 +1,14 @@
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from training.data.coco import CocoFolder, ImageRecord
+from tests.unit.training.evaluation.hand_made import SIZE as _SIZE
+from tests.unit.training.evaluation.hand_made import detections_of as _detections
+from tests.unit.training.evaluation.hand_made import folder_of as _folder
+from tests.unit.training.evaluation.hand_made import record as _record
 from training.evaluate import evaluate, markdown, summary
 from training.evaluation.coco_ap import METRICS, coco_ap, coco_results, coco_truth
 from training.evaluation.corloc import corloc
@@ -14,38 +16,7 @@ from training.evaluation.html_report import html_page
 from training.evaluation.recall import greedy_matches, proposal_recall
 from training.evaluation.voc_ap import ap_11_point, ap_all_point, voc_ap
 from weaksam_rt.masks import encode_rle
-from weaksam_rt.types import Detections, InstanceMasks, Proposals
-
-_SIZE = (100, 100)
-
-
-def _record(image_id, boxes, labels, is_crowd=None):
-    boxes = np.array(boxes, np.float32).reshape(-1, 4)
-    return ImageRecord(
-        image_id=image_id,
-        path=Path("x.jpg"),
-        image_size=_SIZE,
-        boxes=boxes,
-        labels=np.array(labels, np.int64),
-        is_crowd=np.zeros(len(boxes), bool) if is_crowd is None else np.array(is_crowd),
-        segmentations=(),
-    )
-
-
-def _folder(*records):
-    return CocoFolder(
-        root=Path("data"), class_names=("cat", "dog"), category_ids=(1, 2), records=records
-    )
-
-
-def _detections(boxes, scores, labels):
-    return Detections(
-        boxes=np.array(boxes, np.float32).reshape(-1, 4),
-        scores=np.array(scores, np.float32),
-        labels=np.array(labels, np.int64),
-        image_size=_SIZE,
-    )
-
+from weaksam_rt.types import InstanceMasks, Proposals
 
 _A, _B, _ELSEWHERE = [0, 0, 20, 20], [50, 50, 90, 90], [60, 0, 80, 20]
 
@@ -57,7 +28,7 @@ def test_average_precision_of_a_hand_made_curve():
 
 
 def test_a_second_detection_of_the_same_object_is_wrong():
-    folder = _folder(_record(1, [_A, _B], [0, 0]))
+    folder = _folder(_record([_A, _B], [0, 0]))
     twice = _detections([_A, _A, _B], [0.9, 0.8, 0.7], [0, 0, 0])
     found = voc_ap(folder, {1: twice}).by_class[0]
     assert found.ap_all_point == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
@@ -65,26 +36,28 @@ def test_a_second_detection_of_the_same_object_is_wrong():
 
 
 def test_a_detection_on_a_crowd_is_neither_right_nor_wrong():
-    folder = _folder(_record(1, [_A, _B], [0, 0], [True, False]))
+    folder = _folder(_record([_A, _B], [0, 0], [True, False]))
     found = voc_ap(folder, {1: _detections([_A, _B], [0.9, 0.8], [0, 0])}).by_class[0]
     assert (found.ap_all_point, found.num_truth) == (1.0, 1)
 
 
 def test_a_class_without_objects_does_not_enter_the_mean():
-    folder = _folder(_record(1, [_A], [0]))
+    folder = _folder(_record([_A], [0]))
     found = voc_ap(folder, {1: _detections([_A, _B], [0.9, 0.8], [0, 1])})
     assert np.isnan(found.by_class[1].ap_all_point)
     assert found.mean_all_point == 1.0
 
 
 def test_nothing_found_scores_zero_and_nothing_to_find_is_undefined():
-    folder = _folder(_record(1, [_A], [0]), _record(2, [], []))
+    folder = _folder(_record([_A], [0]), _record([], [], image_id=2))
     assert voc_ap(folder, {}).mean_all_point == 0.0
     assert np.isnan(voc_ap(_folder(), {}).mean_all_point)
 
 
 def test_corloc_looks_at_the_best_box_of_each_present_class_only():
-    folder = _folder(_record(1, [_A, _B], [0, 1]), _record(2, [_A], [0]), _record(3, [_A], [0]))
+    folder = _folder(
+        _record([_A, _B], [0, 1]), _record([_A], [0], image_id=2), _record([_A], [0], image_id=3)
+    )
     found = {
         1: _detections([_A, _ELSEWHERE, _B], [0.9, 0.8, 0.7], [0, 1, 1]),
         2: _detections([_ELSEWHERE, _A], [0.9, 0.8], [1, 0]),
@@ -100,7 +73,7 @@ def test_a_proposal_serves_one_object_only():
 
 
 def test_images_without_proposals_lower_the_recall():
-    folder = _folder(_record(1, [_A], [0]), _record(2, [_B], [1]))
+    folder = _folder(_record([_A], [0]), _record([_B], [1], image_id=2))
     boxes = np.array([_A, _ELSEWHERE], np.float32)
     proposals = Proposals(
         boxes=boxes, scores=np.ones(2, np.float32), sources=np.zeros(2, np.int32), image_size=_SIZE
@@ -117,7 +90,7 @@ def _random_case(seed):
         corners = rng.uniform(0, 60, (rng.integers(1, 5), 2))
         boxes = np.concatenate([corners, corners + rng.uniform(10, 40, corners.shape)], axis=1)
         labels = rng.integers(0, 2, len(boxes))
-        records.append(_record(image_id, boxes, labels, rng.random(len(boxes)) < 0.1))
+        records.append(_record(boxes, labels, rng.random(len(boxes)) < 0.1, image_id))
         noisy = np.repeat(boxes, 2, axis=0)
         noisy = (noisy + rng.normal(0, 2, noisy.shape)).astype(np.float32)
         scores = rng.permutation(len(noisy)) / len(noisy) + rng.uniform(0, 1e-3)
@@ -152,7 +125,7 @@ def test_without_detections_coco_ap_is_zero():
 
 
 def test_a_class_without_objects_has_no_coco_ap():
-    folder = _folder(_record(1, [_A], [0]))
+    folder = _folder(_record([_A], [0]))
     for found in ({}, {1: _detections([_A, _B], [0.9, 0.8], [0, 1])}):
         by_class = coco_ap(folder, found).by_class
         assert by_class[0] == (1.0 if found else 0.0)
@@ -160,7 +133,7 @@ def test_a_class_without_objects_has_no_coco_ap():
 
 
 def test_the_report_has_json_values_only_and_a_table_row_per_class():
-    folder = _folder(_record(1, [_A], [0]))
+    folder = _folder(_record([_A], [0]))
     report = evaluate(folder, {1: _detections([_A], [0.9], [0])})
     assert report["voc_ap50"] == 1.0
     assert report["by_class"]["dog"]["ap_all_point"] is None
@@ -221,7 +194,7 @@ def test_coco_ap_of_masks_equals_pycocotools(seed):
 
 
 def test_masks_are_right_by_their_own_overlap_whatever_their_boxes():
-    folder = _with_true_masks(_folder(_record(1, [_A, _B], [0, 0])))
+    folder = _with_true_masks(_folder(_record([_A, _B], [0, 0])))
     half = _ellipses(np.array([_A, _B], np.float32))
     half[1, 70:] = False  # half of the second object
     found = dataclasses.replace(
@@ -237,7 +210,7 @@ def test_masks_are_right_by_their_own_overlap_whatever_their_boxes():
 
 
 def test_a_mask_of_another_class_is_not_compared():
-    folder = _with_true_masks(_folder(_record(1, [_A], [0])))
+    folder = _with_true_masks(_folder(_record([_A], [0])))
     found = _masked(_detections([_A], [0.9], [1]))
     assert voc_ap(folder, {1: found}, shape="mask").by_class[0].ap_all_point == 0.0
 

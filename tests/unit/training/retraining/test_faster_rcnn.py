@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
+from tests.unit.training.retraining.toy import TOY
 from training.retrain_detector import DetectorRecipe, parameter_groups, rate_factor, total_loss
 from training.retraining.faster_rcnn import (
     FasterRcnn,
@@ -15,20 +16,10 @@ from training.retraining.faster_rcnn import (
 )
 from training.retraining.roi_drop import RoiDropConfig, keep_all_rois, reduce_roi_losses
 
-_TOY = FasterRcnnConfig(
-    image_size=64,
-    neck_channels=16,
-    roi_channels=16,
-    head_width=32,
-    anchor_sizes=((12,), (24,), (44,)),
-    rois_per_image=16,
-    proposals_per_image=50,
-)
-
 
 def _toy_model(num_classes=2):
     torch.manual_seed(0)
-    return FasterRcnn(_TOY, num_classes)
+    return FasterRcnn(TOY, num_classes)
 
 
 def _toy_batch():
@@ -92,7 +83,7 @@ def test_sizes_that_do_not_fit_are_refused(bad):
 
 def test_the_trunk_learns_slower_and_biases_do_not_decay():
     model = _toy_model()
-    recipe = DetectorRecipe(model=_TOY, learning_rate=1.0, trunk_rate=0.1, weight_decay=0.5)
+    recipe = DetectorRecipe(model=TOY, learning_rate=1.0, trunk_rate=0.1, weight_decay=0.5)
     groups = parameter_groups(model, recipe)
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     by_id = {id(p): g for g in groups for p in g["params"]}
@@ -112,7 +103,7 @@ def test_the_rate_warms_up_and_falls_to_zero():
 
 def test_two_images_can_be_learnt_by_heart():
     torch.manual_seed(0)
-    model = FasterRcnn(dataclasses.replace(_TOY, rois_per_image=8, foreground_share=0.5), 2)
+    model = FasterRcnn(dataclasses.replace(TOY, rois_per_image=8, foreground_share=0.5), 2)
     _, boxes, labels = _toy_batch()
     images = torch.zeros(2, 3, 64, 64)
     images[0, 0, 4:40, 4:30] = 255.0

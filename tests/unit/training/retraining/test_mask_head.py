@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.models.detection.roi_heads import maskrcnn_loss
 
+from tests.unit.training.retraining.toy import TOY
 from training.retrain_detector import total_loss
 from training.retraining.drop_truth import RoiTruth, drop_counts, drop_report
-from training.retraining.faster_rcnn import FasterRcnn, FasterRcnnConfig
+from training.retraining.faster_rcnn import FasterRcnn
 from training.retraining.mask_head import MASK_SIZE, mask_losses, mask_targets
 from training.retraining.roi_drop import (
     KeptRois,
@@ -20,16 +21,7 @@ from training.retraining.roi_drop import (
     reduce_roi_losses,
 )
 
-_TOY = FasterRcnnConfig(
-    image_size=64,
-    neck_channels=16,
-    roi_channels=16,
-    head_width=32,
-    anchor_sizes=((12,), (24,), (44,)),
-    rois_per_image=16,
-    proposals_per_image=50,
-    mask_channels=8,
-)
+_TOY = dataclasses.replace(TOY, mask_channels=8)
 
 
 def _toy_batch():

@@ -14,6 +14,7 @@ from tests.unit.weaksam_rt.prompt_kernels.cases import random_batch, random_conf
 from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import build_cpu_driver
 from weaksam_rt import cuda_driver
 from weaksam_rt.errors import BackendUnavailableError, InferenceError
+from weaksam_rt.pipeline import masks_of_image
 from weaksam_rt.preprocessing import longest_side_frame
 from weaksam_rt.prompt_clustering import (
     ClusteringConfig,
@@ -113,6 +114,12 @@ def test_masks_are_those_of_numpy(num_cases):
         np.testing.assert_array_equal(ours.stability, expected.stability)
         np.testing.assert_allclose(ours.boxes, expected.boxes, rtol=1e-6, atol=1e-3)
         np.testing.assert_allclose(ours.areas, expected.areas, rtol=1e-6)
+
+
+def test_the_pipelines_masks_are_those_of_numpy(num_cases):
+    frame = longest_side_frame((375, 500), 1024)
+    logits = np.random.default_rng(0).normal(size=(6, 3, 64, 64)).astype(np.float32)[:, 1]
+    assert masks_of_image(logits, frame, "cuda") == masks_of_image(logits, frame, "reference")
 
 
 def test_suppression_is_that_of_numpy(num_cases):

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from tests.unit.weaksam_rt.prompt_kernels.cases import random_batch, random_config
+from weaksam_rt import pipeline, prompt_clustering
 from weaksam_rt.class_activation_map import PeakConfig
 from weaksam_rt.errors import InferenceError
-from weaksam_rt.masks import image_logits
+from weaksam_rt.masks import decode_rle, image_logits
+from weaksam_rt.pipeline import masks_of_image
 from weaksam_rt.preprocessing import ModelFrame, longest_side_frame, resize_maps
 from weaksam_rt.prompt_clustering import ClusteringConfig, MapBatch, _reference
 from weaksam_rt.prompt_clustering._backends import KernelBackend, ReferenceBackend
@@ -183,7 +185,7 @@ def test_mask_summaries_equal_the_definition(cpu_kernels, seed, threads):
 def test_encoded_masks_equal_the_definition(cpu_kernels, seed, threads):
     masks = _random_masks(np.random.default_rng(seed), max_size=60)
     ours = KernelBackend(cpu_kernels.with_threads(threads)).encode_masks(*masks)
-    expected = ReferenceBackend().encode_masks(*masks)
+    expected = _reference.encode_masks(*masks)
     for name in ("bits", "word_offsets", "runs", "run_offsets"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name), err_msg=name)
 
@@ -208,6 +210,22 @@ def test_encoded_masks_are_those_of_the_image_logits_in_cocos_form(seed):
         # The matrix products of ``image_logits`` round in another order.
         is_sure = np.abs(at_image[i]) > 1e-5
         np.testing.assert_array_equal(from_runs[is_sure], at_image[i][is_sure] > 0)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3 * 60 * 90, 2**26])
+def test_the_pipelines_masks_are_those_of_the_kernels(cpu_kernels, monkeypatch, at_a_time):
+    rng = np.random.default_rng(0)
+    frame = longest_side_frame((60, 90), 64)
+    decoded = resize_maps(rng.normal(size=(7, 2, 5, 5)).astype(np.float32), (16, 16))
+    logits = decoded[:, 1:].reshape(-1, 16, 16)
+    assert not logits.flags.c_contiguous  # as one of SAM's masks of each prompt lies in memory
+    expected = masks_of_image(logits, frame, "reference")
+    monkeypatch.setattr(pipeline, "_MASK_PIXELS_AT_A_TIME", at_a_time)
+    assert masks_of_image(logits, frame, "reference") == expected
+    kernels = KernelBackend(cpu_kernels.with_threads(32))
+    monkeypatch.setattr(prompt_clustering, "prompt_backend", lambda name: kernels)
+    assert masks_of_image(logits, frame, "cuda") == expected
+    assert 0 < decode_rle(expected.rle_counts, (60, 90)).mean() < 1
 
 
 def test_masks_with_more_runs_than_guessed_are_encoded_all_the_same(cpu_kernels):
