@@ -123,6 +123,19 @@ def stability_scores(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return (inner / np.maximum(outer, 1)).astype(np.float32)
 
 
+def full_resolution_stability(
+    low_res_logits: NDArray[np.float32], frame: ModelFrame
+) -> NDArray[np.float32]:
+    """``stability_scores`` of [n, m, m] at the image's resolution, as ``segment_anything``'s
+    generator has them; one mask at a time, since each takes as much memory as the image.
+    """
+    scores = np.zeros(len(low_res_logits), dtype=np.float32)
+    for mask in range(len(scores)):
+        one = slice(mask, mask + 1)
+        scores[one] = stability_scores(image_logits(low_res_logits[one], frame))
+    return scores
+
+
 def low_res_stability(
     low_res_logits: NDArray[np.float32], frame: ModelFrame
 ) -> NDArray[np.float32]:

@@ -27,7 +27,13 @@ from weaksam_rt.contracts import (
     parameters_to_json,
 )
 from weaksam_rt.errors import ContractError
-from weaksam_rt.masks import compress_runs, full_resolution_boxes, masks_in_boxes, rle_boxes
+from weaksam_rt.masks import (
+    compress_runs,
+    full_resolution_boxes,
+    full_resolution_stability,
+    masks_in_boxes,
+    rle_boxes,
+)
 from weaksam_rt.preprocessing import (
     ModelFrame,
     resize_for_detector,
@@ -64,6 +70,9 @@ from weaksam_rt.types import (
 _T = TypeVar("_T")
 _SINGLE_MASK = slice(0, 1)
 _MULTIMASK = slice(1, NUM_MASK_TOKENS)
+_STABILITY_DOUBT = 0.1
+"""More than the stability score of a mask changes with the mask's resolution: by 0.076 at most in
+1,030 masks, 0.017 in 99 of 100."""
 _MASK_PIXELS_AT_A_TIME = 2**26
 """Of masks at the image's resolution, which take an eighth of a byte each at least."""
 
@@ -523,14 +532,19 @@ def _boxes_of_call(
     logits, scores = decoded.logits[chosen], decoded.iou_predictions[chosen]
     backend = settings.clustering.backend
     summary = summarize_masks(logits, *_all_of(logits, frame), backend=backend)
-    passed = passes_scores(call_sources[prompt], scores, summary.stability, config)
+    stability = summary.stability.copy()
+    if config.full_resolution_boxes:
+        is_near = np.abs(stability - config.grid_stability_thresh) < _STABILITY_DOUBT
+        in_doubt = is_near & (scores >= config.grid_iou_thresh)
+        stability[in_doubt] = full_resolution_stability(logits[in_doubt], frame)
+    passed = passes_scores(call_sources[prompt], scores, stability, config)
     boxes = summary.boxes[passed]
     if config.full_resolution_boxes:
         boxes = full_resolution_boxes(logits[passed], frame)
     return decoded.positions[prompt[passed]], PromptedBoxes(
         boxes=boxes,
         iou_predictions=scores[passed],
-        stability=summary.stability[passed],
+        stability=stability[passed],
         sources=call_sources[prompt[passed]],
     )
 

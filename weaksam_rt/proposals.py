@@ -13,6 +13,10 @@ SourceName = Literal["grid", "coarse", "fine", "cross"]
 SOURCE_NAMES: tuple[SourceName, ...] = get_args(SourceName)
 """Of the values of ``PromptSource``, in their order."""
 
+_TO_LAST_PIXEL = np.array([0, 0, 1, 1], np.float32)
+"""From our boxes, which end after a mask's last pixel, to ``segment_anything``'s, which end on it:
+small ones overlap less there, and its generator suppresses by that."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProposalConfig:
@@ -47,8 +51,9 @@ class ProposalConfig:
     max_prompts_per_call: int = 64
     """Prompts of one decoder call."""
     full_resolution_boxes: bool = False
-    """Boxes of the masks at the image's resolution, as ``segment_anything`` gives them. Without,
-    they come from low-resolution logits: faster, and those of small and ragged masks differ."""
+    """Boxes, stability scores near their threshold, and suppression of the grid as
+    ``segment_anything``'s generator has them, from masks at the image's resolution. Without, they
+    come from low-resolution logits: faster, and those of small and ragged masks differ."""
 
     def __post_init__(self) -> None:
         if not self.sources or not set(self.sources) <= set(SOURCE_NAMES):
@@ -134,9 +139,10 @@ def _keep_of_source(
             prompted.sources, prompted.iou_predictions, prompted.stability, config
         )
         members = members[is_good[members]]
-        kept = nms(
-            prompted.boxes[members], prompted.iou_predictions[members], config.grid_nms_thresh
-        )
+        boxes = prompted.boxes[members]
+        if config.full_resolution_boxes:
+            boxes = boxes - _TO_LAST_PIXEL
+        kept = nms(boxes, prompted.iou_predictions[members], config.grid_nms_thresh)
         return members[kept]
     if source == PromptSource.CROSS:
         in_order = np.zeros(len(members), np.float32)

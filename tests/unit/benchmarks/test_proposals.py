@@ -25,13 +25,23 @@ def sam():
     return load_sam(Path(__file__).parents[3] / "assets" / "weights" / "sam_compact.safetensors")
 
 
-@pytest.mark.parametrize("nms_thresh", [0.7, 1.0])
-def test_our_pipeline_finds_the_generators_boxes(sam, nms_thresh):
-    config = ProposalsConfig(points_per_side=6, nms_thresh=nms_thresh)
-    image = skimage.data.astronaut()[::3, ::2]
+@pytest.mark.parametrize(
+    ("picture", "step", "nms_thresh"),
+    [
+        ("astronaut", 3, 1.0),
+        # Suppression by boxes that end after their last pixel loses some of these,
+        ("coffee", 5, 0.7),
+        ("rocket", 5, 0.5),
+        # stability of low-resolution masks another.
+        ("rocket", 3, 0.5),
+    ],
+)
+def test_our_pipeline_finds_the_generators_boxes(sam, picture, step, nms_thresh):
+    config = ProposalsConfig(points_per_side=10, nms_thresh=nms_thresh)
+    image = np.ascontiguousarray(getattr(skimage.data, picture)()[::step, ::step])
     peer = peer_way(sam, config, prompts_per_call=7)(image)
     ours = our_way(*torch_models(sam, config), config)(image)
     # Where nothing is suppressed the generator repeats equal boxes, ours are unique.
     unique = np.unique(peer, axis=0)
     assert len(unique) > 5
-    assert match(unique, ours).share >= 0.99
+    assert match(unique, ours).share == 1

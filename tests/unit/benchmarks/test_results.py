@@ -79,6 +79,14 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     np.testing.assert_allclose(once.metrics[0].repeats, samples, rtol=1e-4)  # 5 digits
 
 
+def test_a_kept_result_is_shown_with_its_table_and_page(write, tmp_path):
+    assert run(["show", str(write("a.json")), "--output", str(tmp_path / "again")]) == 0
+    once = read_result(tmp_path / "a.json")
+    assert read_result(tmp_path / "again.json") == once
+    assert (tmp_path / "again.md").read_text() == markdown(once)
+    assert (tmp_path / "again.html").read_text().count("<svg") == page(once).count("<svg") > 0
+
+
 def test_a_result_says_what_it_depends_on(tmp_path):
     write_result(result(), tmp_path / "r.json")
     content = json.loads((tmp_path / "r.json").read_text())
