@@ -6,7 +6,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -90,6 +90,17 @@ def read_clocks() -> Clocks:
     )
 
 
+@contextlib.contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """So many threads in an operator of torch on the CPU, for as long as it lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def measure_peaks(device: str = "cpu", *, mixed_precision: bool = False, repeats: int = 7) -> Peaks:
     """Measure both limits, best of ``repeats``: a limit is what was reached once.
 
@@ -104,11 +115,9 @@ def measure_peaks(device: str = "cpu", *, mixed_precision: bool = False, repeats
     matrix = torch.rand(size, size, device=device).to(dtype)
     source = torch.ones((_COPY_MIB if on_cpu else _COPY_MIB_GPU) * 2**18, device=device)
     target = torch.empty_like(source)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # whatever the environment says
-    matmul = [_seconds(lambda: torch.mm(matrix, matrix), on_cpu=on_cpu) for _ in range(repeats)]
-    copy = [_seconds(lambda: target.copy_(source), on_cpu=on_cpu) for _ in range(repeats)]
-    torch.set_num_threads(threads)
+    with torch_threads(len(os.sched_getaffinity(0))):  # whatever the environment says
+        matmul = [_seconds(lambda: torch.mm(matrix, matrix), on_cpu=on_cpu) for _ in range(repeats)]
+        copy = [_seconds(lambda: target.copy_(source), on_cpu=on_cpu) for _ in range(repeats)]
     moved = 2 * source.numel() * source.element_size()
     return Peaks(flops=2 * size**3 / min(matmul), bytes=moved / min(copy))
 

@@ -18,6 +18,7 @@ import tyro
 from numpy.typing import NDArray
 from torch.nn import functional as F  # noqa: N812
 
+from benchmarks.machine import torch_threads
 from benchmarks.reporting import report
 from benchmarks.results import BenchmarkResult, Metric, Recorder, Table
 from benchmarks.turns import in_turns, per_item
@@ -71,16 +72,14 @@ def measure(config: PeaksConfig) -> BenchmarkResult:
         config=asdict(config),
         artifacts=(),
     )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the process's own time is measured
     metrics, rows = [], []
     for make in (_smooth, _noisy, _plateaus):
         kind = make.__name__.lstrip("_")
         raw = make(np.random.default_rng(0))
-        metrics += _timed(kind, raw, config)
+        with torch_threads(1):  # the process's own time is measured
+            metrics += _timed(kind, raw, config)
         peaks, clusters = _peaks(normalize_maps(raw))
         rows.append((kind, str(sum(map(len, peaks))), str(len(clusters))))
-    torch.set_num_threads(threads)
     table = Table(title="What was found", header=("maps", "peaks", "clusters"), rows=tuple(rows))
     return recorder.result(metrics, tables=[table], notes=_notes(metrics))
 

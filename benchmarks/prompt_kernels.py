@@ -21,7 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.machine import measure_peaks
+from benchmarks.machine import measure_peaks, torch_threads
 from benchmarks.peaks import highest_apart
 from benchmarks.reporting import report
 from benchmarks.results import BenchmarkResult, Metric, Recorder, Table
@@ -89,10 +89,8 @@ def measure(config: PromptKernelsConfig) -> BenchmarkResult:
         config=asdict(config),
         artifacts=(),
     )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the process's own time is measured
-    metrics = _cpu_metrics(config)
-    torch.set_num_threads(threads)
+    with torch_threads(1):  # the process's own time is measured
+        metrics = _cpu_metrics(config)
     has_gpu = torch.cuda.is_available()
     one, many = _bytes_that_must_move(_batch(1)), _bytes_that_must_move(_batch(64))
     notes = [

@@ -1,6 +1,7 @@
 """Pictures of the tiny engines' world, good and bad, as encoded files."""
 
 import io
+import json
 import struct
 import zlib
 
@@ -8,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tests.integration.tiny_engines import COLOURS
+from training.data.coco import load_coco_folder
 
 SIZE = (240, 320)
 BOXES = {"red": (40, 40, 100, 120), "blue": (200, 100, 300, 200)}
@@ -20,6 +22,37 @@ def scene(boxes=BOXES, size=SIZE):
     for name, (x1, y1, x2, y2) in boxes.items():
         image[y1:y2, x1:x2] = COLOURS[name]
     return image
+
+
+def labelled_scenes(root, names, count=2):
+    """``count`` scenes as a data folder, with the boxes, masks and tags of their classes.
+
+    ``names`` are the folder's classes, in the order of their numbers; a scene needs not show all.
+    """
+    (root / "images").mkdir()
+    height, width = SIZE
+    images, annotations = [], []
+    for number in range(1, count + 1):
+        Image.fromarray(scene()).save(root / "images" / f"{number}.png")
+        images.append(
+            {"id": number, "file_name": f"{number}.png", "height": height, "width": width}
+        )
+        for name, (x1, y1, x2, y2) in BOXES.items():
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": names.index(name) + 1,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                    "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
+                }
+            )
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "instances.json").write_text(json.dumps(content))
+    return load_coco_folder(root)
 
 
 def encoded(image, kind="PNG", mode="RGB", **options):

@@ -1,6 +1,5 @@
 """Classifier and SAM released into a served repository, through all checks, while clients ask."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from torch import nn
 
 from export.exportable import Exportable
 from export.release import ReleaseRules, release
 from export.verify import FP32
-from tests.integration.pictures import BOXES, PNG, scene
-from training.data.coco import load_coco_folder
+from tests.integration.pictures import BOXES, PNG
 from weaksam_rt.artifacts import load_artifact, write_manifest
 from weaksam_rt.client import WeakSamClient
 from weaksam_rt.contracts import DETECTOR, SAM_IMAGE_ENCODER, SAM_MASK_DECODER, VIT_CLASSIFIER
@@ -44,31 +41,7 @@ RULES = ReleaseRules(watch_s=0.5, num_probes=2)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two scenes with boxes, tags and masks."""
-    root = tmp_path_factory.mktemp("coco")
-    (root / "images").mkdir()
-    names, (height, width) = tuple(BOXES), scene().shape[:2]
-    images, annotations = [], []
-    for number in (1, 2):
-        Image.fromarray(scene()).save(root / "images" / f"{number}.png")
-        images.append(
-            {"id": number, "file_name": f"{number}.png", "height": height, "width": width}
-        )
-        for name, (x1, y1, x2, y2) in BOXES.items():
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": names.index(name) + 1,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                    "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
-                }
-            )
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "instances.json").write_text(json.dumps(content))
-    return load_coco_folder(root)
+    return labelled_scenes(tmp_path_factory.mktemp("coco"), tuple(BOXES))
 
 
 @pytest.fixture(scope="module")

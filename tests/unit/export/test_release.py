@@ -1,21 +1,18 @@
 """What a candidate must show before it is published; the real detector in miniature."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from export.__main__ import export_model
 from export.judges import JUDGES, ap50_of_engine, judge_of, losses, measured, with_metrics
 from export.probes import Answer, answer_difference, calls_of, check_engine_answers, make_probes
 from export.refit import RefitError
 from export.release import ReleaseRules, build_candidate, live_engines, release
-from tests.integration.pictures import BOXES, scene
+from tests.integration.pictures import BOXES, labelled_scenes
 from tests.integration.tiny_engines import CLASS_NAMES, write_tiny_artifacts
 from tests.unit.export.test_refit import ToyDetector, exportable
-from training.data.coco import load_coco_folder
 from weaksam_rt.artifacts import load_artifact, write_manifest
 from weaksam_rt.config import DetectionConfig, PipelineConfig
 from weaksam_rt.contracts import (
@@ -42,31 +39,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two scenes of the tiny engines' world with their true boxes, and a class they do not know."""
-    root = tmp_path_factory.mktemp("coco")
-    (root / "images").mkdir()
-    names = ("blue", "red", "violet")
-    images, annotations = [], []
-    for number in (1, 2):
-        Image.fromarray(scene()).save(root / "images" / f"{number}.png")
-        height, width = scene().shape[:2]
-        images.append(
-            {"id": number, "file_name": f"{number}.png", "height": height, "width": width}
-        )
-        for name, (x1, y1, x2, y2) in BOXES.items():
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": names.index(name) + 1,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                }
-            )
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "instances.json").write_text(json.dumps(content))
-    return load_coco_folder(root)
+    return labelled_scenes(tmp_path_factory.mktemp("coco"), ("blue", "red", "violet"))
 
 
 def test_classes_are_matched_by_name(tiny, folder):
