@@ -14,7 +14,7 @@ from torch import nn
 from export.exportable import Exportable
 from export.release import ReleaseRules, release
 from export.verify import FP32
-from tests.integration.pictures import BOXES, PNG
+from tests.integration.pictures import BOXES, PNG, labelled_scenes
 from weaksam_rt.artifacts import load_artifact, write_manifest
 from weaksam_rt.client import WeakSamClient
 from weaksam_rt.contracts import DETECTOR, SAM_IMAGE_ENCODER, SAM_MASK_DECODER, VIT_CLASSIFIER
