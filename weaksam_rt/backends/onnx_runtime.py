@@ -27,7 +27,7 @@ class OnnxRuntimeModel:
             num_threads: Threads at work in a call; 0 takes all cores.
             rows_side_by_side: Give each thread a row of a batch of its own, as many rows at a time
                 as there are threads, and let all work at the rows that are left over. Threads that
-                never wait for each other do more in the same time (a detector of ours 17 % on two
+                never wait for each other do more in the same time (a detector of ours 14 % on two
                 cores); a second session holds the weights once more.
 
         Raises:
