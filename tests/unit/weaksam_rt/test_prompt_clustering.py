@@ -1,9 +1,11 @@
 import os
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.clustering import attention_peaks, imitated_peaks, inertia_ratio
@@ -98,7 +100,8 @@ def _moved(places, centres):
         sums = [[sum(p[axis] for p in group) for axis in (0, 1)] for group in groups]
         if now == assigned:
             shares = [(x * x + y * y) / len(g) for (x, y), g in zip(sums, groups, strict=True) if g]
-            return sum(shares), centres
+            # One rounded addition after the other: since Python 3.12 `sum` makes up for rounding.
+            return reduce(add, shares, 0.0), centres
         assigned = now
         centres = [
             (x / len(g), y / len(g)) if g else c
@@ -117,6 +120,7 @@ def _kmeans_start_by_start(points, num_clusters):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000))
+@example(2625)  # two starts are equally tight but for the last bit
 def test_kmeans_is_its_definition(seed):
     rng = np.random.default_rng(seed)
     points = rng.integers(0, int(rng.choice([4, 60, 500])), (int(rng.integers(1, 26)), 2))
