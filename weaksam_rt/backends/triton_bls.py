@@ -32,7 +32,7 @@ class BlsBackend:
             contracts: By model.
             versions: By model; only these are called.
             is_blocking: Wait for each answer in the calling thread. A call costs two changes of
-                thread less, 0.4 of 1.2 ms, and nothing else of the event loop runs meanwhile.
+                thread less (ADR 0019), and nothing else of the event loop runs meanwhile.
         """
         self._contracts = {name: contracts[name] for name in versions}
         self._versions = dict(versions)
