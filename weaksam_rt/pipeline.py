@@ -535,7 +535,8 @@ def _boxes_of_call(
     stability = summary.stability.copy()
     if config.full_resolution_boxes:
         is_near = np.abs(stability - config.grid_stability_thresh) < _STABILITY_DOUBT
-        in_doubt = is_near & (scores >= config.grid_iou_thresh)
+        # Only the grid's masks are judged by it.
+        in_doubt = is_near & is_grid[prompt] & (scores >= config.grid_iou_thresh)
         stability[in_doubt] = full_resolution_stability(logits[in_doubt], frame)
     passed = passes_scores(call_sources[prompt], scores, stability, config)
     boxes = summary.boxes[passed]
