@@ -33,17 +33,19 @@ from training.engine.progress import stage_progress
 from training.engine.stage import Stage, open_stage
 from training.models.sam import (
     CompactImageEncoder,
-    MaskPrediction,
     SamConfig,
     build_sam,
     compact,
-    decode_masks,
-    encode_masks,
-    encode_points,
     load_sam,
     save_sam,
 )
 from training.models.sam_adapters import normalize_images
+from training.models.sam_decoder import (
+    MaskPrediction,
+    decode_masks,
+    encode_masks,
+    encode_points,
+)
 from training.models.sam_loss import SamLoss, SamLossConfig, distillation_loss, sam_loss
 from training.models.squeezenet import load_imagenet_squeezenet
 

@@ -2,19 +2,17 @@
 
 Prompt encoder, two-way transformer and mask decoder are always those of the ``segment-anything``
 package, so checkpoints keep their names and shapes. What this module adds: a small convolutional
-image encoder, loading by file content, and a decoder call over prompts of many images at once (the
-package's own takes one image).
+image encoder and loading by file content; ``sam_decoder`` calls the decoder.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 from segment_anything.modeling import (
     ImageEncoderViT,
     MaskDecoder,
@@ -295,84 +293,6 @@ def load_sam(path: Path, config: SamConfig | None = None) -> Sam:
     except RuntimeError as error:
         raise ArtifactError(f"{path} does not fit {config}: {error}") from error
     return sam
-
-
-class MaskPrediction(NamedTuple):
-    """Masks of p prompts; mask 0 is the single-mask token, 1 to 3 the multimask outputs."""
-
-    low_res_logits: Float[Tensor, "p 4 mh mw"]
-    """Logits over the model frame at a quarter of the embedding's stride; above 0 is inside."""
-    iou_predictions: Float[Tensor, "p 4"]
-    """Predicted IoU of each mask with the object."""
-
-
-def encode_points(
-    prompt_encoder: PromptEncoder,
-    point_coords: Float[Tensor, "p n 2"],
-    point_labels: Int32[Tensor, "p n"],
-) -> Float[Tensor, "p n d"]:
-    """Sparse prompt embeddings, without indexing by masks and in float32 also under autocast.
-
-    Args:
-        prompt_encoder: Of the SAM.
-        point_coords: (x, y) in pixels of the model frame.
-        point_labels: 1 object, 0 background, 2 and 3 first and second box corner, -1 padding.
-    """
-    height, width = prompt_encoder.input_image_size
-    frame = torch.tensor([width, height], dtype=torch.float32, device=point_coords.device)
-    unit = 2 * (point_coords + 0.5) / frame - 1  # [-1, 1]; +0.5: centre of the pixel
-    frequencies = prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
-    angles = unit[..., :1] * frequencies[0] + unit[..., 1:] * frequencies[1]
-    position = torch.cat([torch.sin(2 * math.pi * angles), torch.cos(2 * math.pi * angles)], dim=-1)
-    kinds = torch.cat(
-        [
-            prompt_encoder.not_a_point_embed.weight,
-            *(embedding.weight for embedding in prompt_encoder.point_embeddings),
-        ]
-    )
-    is_point = (point_labels >= 0).unsqueeze(-1)
-    return torch.where(is_point, position, 0.0) + kinds[(point_labels + 1).long()]
-
-
-def encode_masks(
-    prompt_encoder: PromptEncoder, mask_inputs: Float[Tensor, "p 1 mh mw"] | None
-) -> Float[Tensor, "q d h w"]:
-    """Dense prompt embeddings; without masks q = 1 and h = w = 1, to be broadcast."""
-    if mask_inputs is None:
-        return prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-    return prompt_encoder.mask_downscaling(mask_inputs)
-
-
-def decode_masks(
-    mask_decoder: MaskDecoder,
-    image_embeddings: Float[Tensor, "p d h w"],
-    *,
-    image_pe: Float[Tensor, "1 d h w"],
-    sparse: Float[Tensor, "p n d"],
-    dense: Float[Tensor, "q d k l"],
-) -> MaskPrediction:
-    """All masks of p prompts in one call, each prompt with its own image.
-
-    ``MaskDecoder.forward`` repeats one image over its prompts; here images share a batch.
-
-    Args:
-        mask_decoder: Of the SAM.
-        image_embeddings: One per prompt (repeat an image's for each of its prompts).
-        image_pe: ``PromptEncoder.get_dense_pe()``.
-        sparse: From ``encode_points``.
-        dense: From ``encode_masks``.
-    """
-    tokens = torch.cat([mask_decoder.iou_token.weight, mask_decoder.mask_tokens.weight])
-    tokens = torch.cat([tokens.expand(sparse.shape[0], -1, -1), sparse], dim=1)
-    states, pixels = mask_decoder.transformer(image_embeddings + dense, image_pe, tokens)
-    pixels = pixels.transpose(1, 2).unflatten(2, image_embeddings.shape[2:])  # [p, d, h, w]
-    pixels = mask_decoder.output_upscaling(pixels)  # [p, d / 8, 4h, 4w]
-    kernels = torch.stack(
-        [mlp(states[:, 1 + i]) for i, mlp in enumerate(mask_decoder.output_hypernetworks_mlps)],
-        dim=1,
-    )  # [p, 4, d / 8]
-    logits = (kernels @ pixels.flatten(2)).unflatten(2, pixels.shape[2:])
-    return MaskPrediction(logits, mask_decoder.iou_prediction_head(states[:, 0]))
 
 
 def _build_image_encoder(config: SamConfig) -> nn.Module:

@@ -9,7 +9,12 @@ from jaxtyping import Float, Int32, UInt8
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from training.models.sam import MaskPrediction, decode_masks, encode_masks, encode_points
+from training.models.sam_decoder import (
+    MaskPrediction,
+    decode_masks,
+    encode_masks,
+    encode_points,
+)
 
 
 def normalize_images(

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from training.models.sam import MaskPrediction
+from training.models.sam_decoder import MaskPrediction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -106,7 +106,7 @@ def test_two_images_are_learned_by_heart(data: Path) -> None:
     assert readings[-1]["loss_masks"] < 0.2 * readings[0]["loss_masks"]
 
 
-def test_gradient_reaches_every_parameter(data: Path) -> None:
+def test_gradient_reaches_every_parameter_that_matters(data: Path) -> None:
     training = start_training(TrainSamConfig(output=data, data=(data,), recipe=RECIPE))
     prompts = PromptConfig(box_probability=0.5)
     recipe = dataclasses.replace(RECIPE, batch_size=8, prompts=prompts)
@@ -115,8 +115,11 @@ def test_gradient_reaches_every_parameter(data: Path) -> None:
     total, _ = batch_loss(training, batch, recipe, refine=True)
     total.backward()
 
-    without = [n for n, p in training.sam.named_parameters() if p.grad is None]
-    assert without == []
+    without = {n for n, p in training.sam.named_parameters() if p.grad is None}
+    ignored_by_softmax = {  # it adds the same to the scores of all cells
+        n for n, _ in training.sam.named_parameters() if n.endswith("token_to_image.k_proj.bias")
+    }
+    assert without == ignored_by_softmax
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(data: Path, tmp_path: Path) -> None:

@@ -21,9 +21,6 @@ from training.models.sam import (
     VitEncoderConfig,
     build_sam,
     compact,
-    decode_masks,
-    encode_masks,
-    encode_points,
     load_sam,
     sam_config,
     save_sam,
@@ -163,55 +160,3 @@ def test_the_compact_sam_has_the_promised_sizes() -> None:
 def test_a_frame_that_the_stride_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple of the stride 8"):
         dataclasses.replace(TOY_COMPACT, image_size=60)
-
-
-def test_points_are_encoded_as_the_package_does() -> None:
-    torch.manual_seed(0)
-    encoder = build_sam(TOY_COMPACT).prompt_encoder
-    points = torch.rand(5, 3, 2) * 64
-    labels = torch.tensor([[1, 0, 1]] * 5)
-    with_padding = torch.cat([points, torch.zeros(5, 1, 2)], dim=1)
-    padded_labels = torch.cat([labels, torch.full((5, 1), -1)], dim=1).int()
-
-    expected, _ = encoder(points=(points, labels), boxes=None, masks=None)
-
-    torch.testing.assert_close(encode_points(encoder, with_padding, padded_labels), expected)
-
-
-def test_boxes_are_encoded_as_the_package_does() -> None:
-    torch.manual_seed(0)
-    encoder = build_sam(TOY_COMPACT).prompt_encoder
-    boxes = torch.rand(5, 4) * 64
-    labels = torch.tensor([[2, 3]] * 5, dtype=torch.int32)
-
-    expected, _ = encoder(points=None, boxes=boxes, masks=None)
-
-    torch.testing.assert_close(encode_points(encoder, boxes.reshape(5, 2, 2), labels), expected)
-
-
-@pytest.mark.parametrize("with_masks", [False, True])
-def test_many_images_decode_as_the_package_decodes_one_after_the_other(with_masks: bool) -> None:
-    torch.manual_seed(0)
-    sam = build_sam(TOY_COMPACT)
-    images = torch.randn(3, 32, 8, 8)
-    boxes = torch.rand(3, 2, 4) * 64
-    masks = torch.randn(3, 2, 1, 32, 32) if with_masks else None
-    labels = torch.tensor([[2, 3]] * 6, dtype=torch.int32)
-
-    with torch.no_grad():
-        logits, scores = decode_masks(
-            sam.mask_decoder,
-            images.repeat_interleave(2, dim=0),
-            image_pe=sam.prompt_encoder.get_dense_pe(),
-            sparse=encode_points(sam.prompt_encoder, boxes.reshape(6, 2, 2), labels),
-            dense=encode_masks(sam.prompt_encoder, None if masks is None else masks.flatten(0, 1)),
-        )
-        for i in range(3):
-            sparse, dense = sam.prompt_encoder(
-                points=None, boxes=boxes[i], masks=None if masks is None else masks[i]
-            )
-            expected, expected_scores = sam.mask_decoder.predict_masks(
-                images[i : i + 1], sam.prompt_encoder.get_dense_pe(), sparse, dense
-            )
-            torch.testing.assert_close(logits[2 * i : 2 * i + 2], expected)
-            torch.testing.assert_close(scores[2 * i : 2 * i + 2], expected_scores)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from training.models.sam import MaskPrediction
+from training.models.sam_decoder import MaskPrediction
 from training.models.sam_loss import (
     SamLossConfig,
     dice_loss,
