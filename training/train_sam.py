@@ -339,12 +339,12 @@ def predict(
     if torch.is_autocast_enabled(device_type):  # one cast here saves one at every layer
         dtype = torch.get_autocast_dtype(device_type)
     repeats = point_coords.shape[0] // embeddings.shape[0]
+    per_prompt = embeddings.to(dtype).repeat_interleave(repeats, dim=0)
     return decode_masks(
         sam.mask_decoder,
-        embeddings.to(dtype).repeat_interleave(repeats, dim=0),
+        per_prompt + encode_masks(sam.prompt_encoder, mask_inputs).to(dtype),
         image_pe=_dense_positions(sam).to(dtype),
         sparse=encode_points(sam.prompt_encoder, point_coords, point_labels).to(dtype),
-        dense=encode_masks(sam.prompt_encoder, mask_inputs).to(dtype),
     )
 
 

@@ -96,10 +96,10 @@ class SamMaskDecoderAdapter(nn.Module):
             point_coords: (x, y) in pixels of the model frame.
             point_labels: 1 object, 0 background, 2 and 3 box corners, -1 padding.
         """
+        prompted = image_embeddings + encode_masks(self.prompt_encoder, None)
         return decode_masks(
             self.mask_decoder,
-            image_embeddings[image_index.long()],
+            prompted[image_index.long()],
             image_pe=self.image_pe,
             sparse=encode_points(self.prompt_encoder, point_coords, point_labels),
-            dense=encode_masks(self.prompt_encoder, None),
         )

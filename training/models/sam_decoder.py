@@ -68,27 +68,25 @@ def encode_masks(
 
 def decode_masks(
     mask_decoder: MaskDecoder,
-    image_embeddings: Float[Tensor, "p d h w"],
+    embeddings: Float[Tensor, "p d h w"],
     *,
     image_pe: Float[Tensor, "1 d h w"],
     sparse: Float[Tensor, "p n d"],
-    dense: Float[Tensor, "q d k l"],
 ) -> MaskPrediction:
     """All masks of p prompts in one call, each prompt with its own image.
 
     Args:
         mask_decoder: Of the SAM.
-        image_embeddings: One per prompt (repeat an image's for each of its prompts).
+        embeddings: One per prompt (repeat an image's for each of its prompts): the image's, with
+            ``encode_masks`` added.
         image_pe: ``PromptEncoder.get_dense_pe()``.
         sparse: From ``encode_points``.
-        dense: From ``encode_masks``.
     """
-    size = image_embeddings.shape[2:]
     prompt = torch.cat([mask_decoder.iou_token.weight, mask_decoder.mask_tokens.weight])
     prompt = torch.cat([prompt.expand(sparse.shape[0], -1, -1), sparse], dim=1)
     tokens, cells = attend_both_ways(
         mask_decoder.transformer,
-        (image_embeddings + dense).flatten(2),
+        embeddings.flatten(2),
         cell_position=image_pe.flatten(2),
         prompt=prompt,
     )
@@ -96,7 +94,7 @@ def decode_masks(
         [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(mask_decoder.output_hypernetworks_mlps)],
         dim=1,
     )  # [p, 4, d / 8]
-    logits = _masks_of_cells(mask_decoder.output_upscaling, cells, kernels, size)
+    logits = _masks_of_cells(mask_decoder.output_upscaling, cells, kernels, embeddings.shape[2:])
     return MaskPrediction(logits, mask_decoder.iou_prediction_head(tokens[:, 0]))
 
 

@@ -57,12 +57,14 @@ def test_many_images_decode_as_the_package_decodes_one_after_the_other(with_mask
     labels = torch.tensor([[2, 3]] * 6, dtype=torch.int32)
 
     with torch.no_grad():
+        dense_prompt = encode_masks(
+            sam.prompt_encoder, None if masks is None else masks.flatten(0, 1)
+        )
         logits, scores = decode_masks(
             sam.mask_decoder,
-            images.repeat_interleave(2, dim=0),
+            images.repeat_interleave(2, dim=0) + dense_prompt,
             image_pe=sam.prompt_encoder.get_dense_pe(),
             sparse=encode_points(sam.prompt_encoder, boxes.reshape(6, 2, 2), labels),
-            dense=encode_masks(sam.prompt_encoder, None if masks is None else masks.flatten(0, 1)),
         )
         for i in range(3):
             sparse, dense = sam.prompt_encoder(
@@ -105,9 +107,7 @@ def test_the_weights_learn_as_in_the_package() -> None:
     position = sam.prompt_encoder.get_dense_pe()
     weights = dict(sam.mask_decoder.named_parameters())
 
-    logits, scores = decode_masks(
-        sam.mask_decoder, image, image_pe=position, sparse=sparse, dense=dense
-    )
+    logits, scores = decode_masks(sam.mask_decoder, image + dense, image_pe=position, sparse=sparse)
     ours = torch.autograd.grad(
         logits.square().mean() + scores.sum(), list(weights.values()), materialize_grads=True
     )  # what all cells share has no gradient, rounding apart
