@@ -7,6 +7,7 @@ from typing import Annotated
 import onnx
 import tyro
 
+from export.calibration import CALIBRATION_IMAGES, calibrated
 from export.doctor_command import kept_by_report, print_diagnosis, write_report
 from export.engines.base import EngineConfig, EnginePrecision
 from export.engines.build import build_engine, exported_onnx
@@ -14,7 +15,6 @@ from export.engines.profiles import HOT_BATCHES, default_profiles
 from export.exportable import chosen_exportables, example_inputs
 from export.mixed_precision import KeepFp32, Precision
 from export.precision_doctor import diagnose
-from export.quantization import quantized
 from export.task_metrics import image_inputs, metrics_by_treatment, spread
 from training.data.coco import load_coco_folder
 from weaksam_rt.artifacts import ModelArtifact, load_artifact
@@ -36,7 +36,7 @@ def engines(
     hot_batches: tuple[int, ...] = HOT_BATCHES,
     keep_fp32: Path | None = None,
     calibration: Path | None = None,
-    max_calibration_images: int = 64,
+    max_calibration_images: int = CALIBRATION_IMAGES,
     timing_cache: Path | None = None,
     workspace_mb: int | None = None,
     refittable: bool = False,
@@ -85,7 +85,7 @@ def engines(
             engine=engine,
             config=config,
             module=modules.get(source.model),
-            graph=_quantized(source, config, calibration, max_calibration_images),
+            graph=_graph(source, config, calibration, max_calibration_images),
         )
         megabytes = built.path.stat().st_size / 1e6
         seconds = built.passport.exporter["seconds"]
@@ -137,18 +137,12 @@ def _kept(reports: Path | None, model: str, precision: EnginePrecision) -> KeepF
     return kept_by_report(path, precision)
 
 
-def _quantized(
+def _graph(
     source: ModelArtifact, config: EngineConfig, calibration: Path | None, max_images: int
 ) -> onnx.ModelProto | None:
     """The Q/DQ graph that ``config`` needs, if any."""
     precision = config.precision
     if precision != "int8" and precision != "fp8":
         return None
-    if calibration is None or source.model == SAM_MASK_DECODER:
-        raise ValueError(
-            f"{source.model} in {precision} needs --calibration with images; leave models "
-            "that do not read images out with --only"
-        )
-    folder = spread(load_coco_folder(calibration), max_images)
-    inputs = [image_inputs(source.model, source.parameters, r) for r in folder.records]
-    return quantized(onnx.load(source.path), inputs, precision, config.keep_fp32)
+    folder = None if calibration is None else load_coco_folder(calibration)
+    return calibrated(source, precision, config.keep_fp32, folder, max_images=max_images)

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from export.accept import accept_onnx
+from export.engines.base import EngineBuildError
+from export.engines.build import build_engine_like, check_buildable, was_built
 from export.exportable import Exportable
 from export.half_weights import round_weights_
 from export.judges import Metrics, in_words, judge_of, losses, measured, with_metrics
@@ -43,7 +45,7 @@ class Candidate:
     """A verified engine that is not served yet."""
 
     artifact: ModelArtifact
-    method: Literal["refit", "export"]
+    method: Literal["refit", "export", "build"]
     seconds: float
     """To build and verify it."""
 
@@ -54,7 +56,7 @@ class ReleaseSummary:
 
     report: ReleaseReport
     methods: Mapping[str, str]
-    """By model: ``refit`` or ``export``."""
+    """By model: ``refit``, ``export`` or ``build``."""
     build_seconds: float
     """To build and verify the candidates."""
     live_build_seconds: float | None
@@ -82,8 +84,8 @@ def live_engines(repository: Path, models: Sequence[str]) -> dict[str, ModelArti
         These, and all others that a pipeline with one of them calls.
 
     Raises:
-        ArtifactError: It serves none of ``models``, by another engine than releases build, or an
-            engine cannot be trusted.
+        ArtifactError: It serves none of ``models``, or an engine cannot be trusted.
+        BackendUnavailableError: This machine cannot build engines like these.
     """
     for model in models:
         if not engine_versions_needed(repository, model):
@@ -99,12 +101,8 @@ def live_engines(repository: Path, models: Sequence[str]) -> dict[str, ModelArti
     }
     found = {m: load_artifact(repository / m / str(v)) for m, v in members.items()}
     for model in models:
-        if found[model].engine != "onnxruntime":
-            raise ArtifactError(
-                f"the live {model} is an engine for {found[model].engine}, a release builds one "
-                "for onnxruntime: build the new engine with `python -m export engines`, a new "
-                "repository with `python -m export repository`, and serve it beside this one"
-            )
+        if was_built(found[model]):
+            check_buildable(found[model])
     return found
 
 
@@ -115,8 +113,12 @@ def build_candidate(
     *,
     method: Method,
     export: ExportModel,
+    calibration: CocoFolder | None = None,
 ) -> Candidate:
     """Build the engine of a new checkpoint, by the cheapest way that is right.
+
+    A live engine that was built from an exported model (another runtime, a lower precision) gets a
+    successor like it.
 
     Args:
         exportable: The new checkpoint.
@@ -124,11 +126,14 @@ def build_candidate(
         directory: Gets the artifact.
         method: ``auto`` refits where the weights fit the graph and exports otherwise.
         export: Builds from nothing.
+        calibration: Images for the ranges of a quantised engine.
 
     Raises:
         RefitError: ``method`` is ``refit`` and the weights do not fit.
         ParityError: The engine's answers are not PyTorch's.
     """
+    if was_built(live):
+        return _build(exportable, live, directory, method, export, calibration)
     half = bool(live.passport.exporter.get("half_weights", False))
     start = time.perf_counter()
     if method != "export":
@@ -141,6 +146,28 @@ def build_candidate(
             _LOGGER.info("no refit: %s", error)
     artifact = export(exportable, directory, half)
     return Candidate(artifact=artifact, method="export", seconds=time.perf_counter() - start)
+
+
+def _build(
+    exportable: Exportable,
+    live: ModelArtifact,
+    directory: Path,
+    method: Method,
+    export: ExportModel,
+    calibration: CocoFolder | None,
+) -> Candidate:
+    start = time.perf_counter()
+    source = export(exportable, directory.with_name(f"{directory.name}-exported"), False)
+    if method != "export":
+        try:
+            engine = build_engine_like(live, source, directory, calibration=calibration, refit=True)
+            return Candidate(artifact=engine, method="refit", seconds=time.perf_counter() - start)
+        except (RefitError, EngineBuildError) as error:
+            if method == "refit":
+                raise
+            _LOGGER.info("no refit: %s", error)
+    engine = build_engine_like(live, source, directory, calibration=calibration)
+    return Candidate(artifact=engine, method="build", seconds=time.perf_counter() - start)
 
 
 def _refit(
@@ -222,7 +249,7 @@ def release(
         repository: Live, served by the server of ``control``.
         exportables: The new checkpoint: a detector, a classifier, or both halves of a SAM.
         folder: Pictures with true boxes (detector), tags (classifier) or masks (SAM), for the
-            metrics and the probes.
+            metrics, the probes and, where the live engine is quantised, its successor's ranges.
         control: The server.
         export: Builds from nothing.
         method: See ``build_candidate``.
@@ -233,7 +260,8 @@ def release(
         ReleaseError: It is worse than the live one, or a check failed; the live version is served
             as before.
         ParityError: An engine's answers are not PyTorch's.
-        ArtifactError: The repository does not serve the model, or not by ONNX Runtime.
+        ArtifactError: The repository does not serve the model.
+        BackendUnavailableError: This machine cannot build an engine like the live one.
     """
     rules, judge = rules or ReleaseRules(), judge_of(exportables)
     engines = live_engines(repository, judge.models)
@@ -243,7 +271,12 @@ def release(
     with tempfile.TemporaryDirectory(prefix="weaksam-release-") as scratch:
         candidates = {
             e.model: build_candidate(
-                e, live[e.model], Path(scratch) / e.model, method=method, export=export
+                e,
+                live[e.model],
+                Path(scratch) / e.model,
+                method=method,
+                export=export,
+                calibration=folder,
             )
             for e in exportables
         }

@@ -101,11 +101,14 @@ class Passport:
 
     @property
     def worst_parity(self) -> float | None:
-        """The largest ``max_abs_error`` of any output; None: not recorded."""
+        """The largest ``max_abs_error`` of any output of an exported model, the ``distance`` of a
+        built engine; None: not recorded.
+        """
         errors = [
-            figures["max_abs_error"]
+            figures[name]
             for figures in self.parity.values()
-            if isinstance(figures, Mapping) and "max_abs_error" in figures
+            for name in ("max_abs_error", "distance")
+            if isinstance(figures, Mapping) and name in figures
         ]
         return max(errors, default=None)
 

@@ -23,7 +23,7 @@ from weaksam_rt.errors import ArtifactError, BackendUnavailableError
 from weaksam_rt.files import atomic_path
 
 Device = Literal["cpu", "cuda"]
-_ENGINES: dict[Device, str] = {"cpu": "aot-inductor", "cuda": "aot-inductor-cuda"}
+AOT_ENGINES: dict[Device, str] = {"cpu": "aot-inductor", "cuda": "aot-inductor-cuda"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class AotInductorBuilder:
     @property
     def engine(self) -> str:
         """See ``EngineBuilder``."""
-        return _ENGINES[self.device]
+        return AOT_ENGINES[self.device]
 
     @property
     def file_name(self) -> str:
@@ -120,7 +120,7 @@ class AotInductorModel:
 
     def __init__(self, artifact: ModelArtifact) -> None:
         """Open the package; it holds compiled code, so only a verified artifact is opened."""
-        devices: dict[str, Device] = {engine: device for device, engine in _ENGINES.items()}
+        devices: dict[str, Device] = {engine: device for device, engine in AOT_ENGINES.items()}
         if artifact.engine not in devices:
             raise ArtifactError(f"{artifact.path} is for {artifact.engine}, not for aot-inductor")
         self.contract = artifact.contract

@@ -1,20 +1,49 @@
-"""From an ONNX artifact to an engine artifact: build, then the manifest."""
+"""From an ONNX artifact to an engine artifact: build, compare, then the manifest; and the same way
+once more, from what a manifest says.
+"""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 import onnx
 from torch import nn
 
+from export.calibration import calibrated
 from export.engines.aot_inductor import AotInductorBuilder
-from export.engines.base import BuiltEngine, EngineBuilder, EngineConfig, EngineSource
+from export.engines.base import (
+    BuiltEngine,
+    EngineBuilder,
+    EngineConfig,
+    EnginePrecision,
+    EngineSource,
+)
+from export.engines.compare import (
+    ENGINE_LIMITS,
+    check_runs_here,
+    compare_with_source,
+    parity_of,
+)
 from export.engines.onnx_runtime import OnnxRuntimeBuilder
+from export.engines.profiles import Profile
 from export.engines.tensorrt import TensorRtBuilder
+from export.mixed_precision import KeepFp32
+from export.refit import RefitError
+from training.data.coco import CocoFolder
 from training.engine.stage import git_commit, package_versions
-from weaksam_rt.artifacts import ModelArtifact, Passport, load_artifact, write_manifest
+from weaksam_rt.artifacts import (
+    MANIFEST_NAME,
+    ModelArtifact,
+    Passport,
+    load_artifact,
+    write_manifest,
+)
 from weaksam_rt.backends.tensorrt import TENSORRT, TENSORRT_RTX
-from weaksam_rt.errors import ArtifactError
+from weaksam_rt.errors import ArtifactError, BackendUnavailableError
+
+_LOGGER = logging.getLogger(__name__)
 
 BUILDERS: Mapping[str, EngineBuilder] = {
     "onnxruntime": OnnxRuntimeBuilder(),
@@ -42,7 +71,9 @@ def build_engine(
     module: nn.Module | None = None,
     graph: onnx.ModelProto | None = None,
 ) -> ModelArtifact:
-    """Build one engine from a verified ONNX model and write its manifest.
+    """Build one engine from a verified ONNX model, compare both, and write its manifest.
+
+    Where this machine cannot run the engine, the passport has no parity and says why.
 
     Args:
         source: Of ``export_model``; its checkpoint and parity go into the new manifest.
@@ -55,6 +86,8 @@ def build_engine(
     Raises:
         BackendUnavailableError: This machine cannot build it.
         EngineBuildError: The builder refuses the model.
+        ParityError: The engine's answers are not those of ``source``; it has no manifest, so
+            nothing will load it.
         ArtifactError: ``source`` is no ONNX model.
         ValueError: The configuration fits no machine, or ``directory`` is that of ``source``.
     """
@@ -68,13 +101,50 @@ def build_engine(
         graph = onnx.load(source.path)
     path = directory / builder.file_name
     built = builder.build(EngineSource(artifact=source, graph=graph, module=module), config, path)
-    return write_manifest(
-        path,
-        model=source.model,
-        engine=builder.engine,
-        parameters=source.parameters,
-        provenance=_passport(source, builder.engine, built, refittable=config.refittable),
+    return _accepted(path, source, engine, built, config)
+
+
+def build_engine_like(
+    live: ModelArtifact,
+    source: ModelArtifact,
+    directory: Path,
+    *,
+    calibration: CocoFolder | None = None,
+    refit: bool = False,
+) -> ModelArtifact:
+    """An engine from another checkpoint, with the runtime, precision, sizes and GPUs of ``live``.
+
+    Args:
+        live: Of ``build_engine``.
+        source: The other checkpoint, exported and verified.
+        directory: As in ``build_engine``.
+        calibration: Images, where ``live`` is quantised.
+        refit: Exchange the weights of ``live`` (TensorRT) and build nothing.
+
+    Raises:
+        RefitError: ``live`` is no engine whose weights can be exchanged.
+    """
+    engine, config = live.passport.exporter["name"], build_config(live)
+    graph = None
+    if config.precision == "int8" or config.precision == "fp8":
+        graph = calibrated(source, config.precision, config.keep_fp32, calibration)
+    if not refit:
+        return build_engine(source, directory, engine=engine, config=config, graph=graph)
+    builder = builder_for(engine)
+    if not (config.refittable and isinstance(builder, TensorRtBuilder)):
+        raise RefitError(
+            f"the live {live.model} was built without --refittable for {engine}; build it anew"
+        )
+    path = directory / builder.file_name
+    origin = EngineSource(artifact=source, graph=graph or onnx.load(source.path))
+    built = BuiltEngine(
+        precision=config.precision,
+        compute_capabilities=config.compute_capabilities,
+        profiles=config.profiles,
+        versions={engine: live.passport.versions[engine]},
+        build_s=builder.refit(live.path, origin, config, path),
     )
+    return _accepted(path, source, engine, built, config)
 
 
 def exported_onnx(models: Path) -> list[ModelArtifact]:
@@ -89,8 +159,72 @@ def exported_onnx(models: Path) -> list[ModelArtifact]:
     return [load_artifact(folder) for folder in folders]
 
 
+def was_built(artifact: ModelArtifact) -> bool:
+    """By ``build_engine``, from an exported model."""
+    return _ONNX in artifact.passport.notes
+
+
+def build_config(built: ModelArtifact) -> EngineConfig:
+    """How ``built`` was built, to build another engine like it."""
+    passport = built.passport
+    options = passport.exporter
+    kept = options.get("keep_fp32", {})
+    return EngineConfig(
+        precision=cast(EnginePrecision, passport.precision),
+        keep_fp32=KeepFp32(**{kind: frozenset(names) for kind, names in kept.items()}),
+        profiles=tuple(Profile.from_json(profile) for profile in passport.profiles),
+        compute_capabilities=passport.compute_capabilities,
+        workspace_bytes=options.get("workspace_bytes"),
+        refittable=bool(options.get("refittable", False)),
+    )
+
+
+def check_buildable(live: ModelArtifact) -> None:
+    """Raise ``BackendUnavailableError`` where this machine cannot build and try an engine like
+    ``live``.
+    """
+    engine = live.passport.exporter["name"]
+    try:
+        builder_for(engine).check(build_config(live))
+        check_runs_here(live)
+    except BackendUnavailableError as error:
+        raise BackendUnavailableError(
+            f"the live {live.model} is an engine for {engine}, and its successor must be built and "
+            f"tried here: {error}; release it on the machine that serves it"
+        ) from error
+
+
+_ONNX = "onnx"
+
+
+def _accepted(
+    path: Path, source: ModelArtifact, engine: str, built: BuiltEngine, config: EngineConfig
+) -> ModelArtifact:
+    def manifest(passport: Passport) -> ModelArtifact:
+        return write_manifest(
+            path,
+            model=source.model,
+            engine=builder_for(engine).engine,
+            parameters=source.parameters,
+            provenance=passport,
+        )
+
+    passport = _passport(source, engine, built, config)
+    unverified = manifest(passport)
+    try:
+        found = compare_with_source(unverified, source, built.precision, built.profiles)
+    except BackendUnavailableError as error:
+        _LOGGER.warning("%s was not compared: %s", path, error)
+        return manifest(replace(passport, notes={**passport.notes, "not_compared": str(error)}))
+    except Exception:
+        (path.parent / MANIFEST_NAME).unlink()
+        raise
+    limit = {"distance": ENGINE_LIMITS[built.precision]}
+    return manifest(replace(passport, parity=parity_of(found), tolerance=limit))
+
+
 def _passport(
-    source: ModelArtifact, engine: str, built: BuiltEngine, *, refittable: bool
+    source: ModelArtifact, engine: str, built: BuiltEngine, config: EngineConfig
 ) -> Passport:
     """The model's passport, and what the builder added to it."""
     origin = source.passport
@@ -102,6 +236,15 @@ def _passport(
         precision=built.precision,
         compute_capabilities=built.compute_capabilities,
         profiles=tuple(asdict(profile) for profile in built.profiles),
-        exporter={"name": engine, "seconds": built.build_s, "refittable": refittable},
-        notes={"onnx": {"sha256": source.sha256, **of_model}},
+        exporter={
+            "name": engine,
+            "seconds": built.build_s,
+            "refittable": config.refittable,
+            "keep_fp32": {
+                "nodes": sorted(config.keep_fp32.nodes),
+                "op_types": sorted(config.keep_fp32.op_types),
+            },
+            "workspace_bytes": config.workspace_bytes,
+        },
+        notes={_ONNX: {"sha256": source.sha256, **of_model}},
     )

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from weaksam_rt.backends.base import Arrays
 from weaksam_rt.contracts import SAM_MASK_DECODER, ModelContract
 
 HOT_BATCHES = (1, 4, 8)
@@ -40,6 +42,25 @@ class Profile:
 
     name: str
     inputs: Mapping[str, ShapeRange]
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "Profile":
+        """Read back what ``dataclasses.asdict`` gave for a passport."""
+        inputs = {
+            name: ShapeRange(**{end: tuple(shape) for end, shape in ranges.items()})
+            for name, ranges in content["inputs"].items()
+        }
+        return Profile(name=content["name"], inputs=inputs)
+
+    def takes(self, arrays: Arrays) -> bool:
+        """All shapes of the inputs are within its ranges."""
+        return all(
+            low <= size <= high
+            for name, ranges in self.inputs.items()
+            for low, size, high in zip(
+                ranges.smallest, arrays[name].shape, ranges.largest, strict=True
+            )
+        )
 
     def check(self, contract: ModelContract) -> None:
         """Raise ``ValueError`` where a range does not fit the contract."""

@@ -27,6 +27,7 @@ from export.onnx_files import save_onnx
 from export.portable_graph import portable_model
 from export.refit import tensorrt_refit_refusal
 from weaksam_rt.backends.tensorrt import TensorRtFamily, collecting_logger, load_tensorrt
+from weaksam_rt.cuda_driver import CudaDevice
 from weaksam_rt.errors import BackendUnavailableError
 from weaksam_rt.files import atomic_path
 
@@ -101,6 +102,58 @@ class TensorRtBuilder:
             versions={self.engine: trt.__version__},
             build_s=round(time.perf_counter() - start, 2),
         )
+
+    def refit(self, live: Path, source: EngineSource, config: EngineConfig, path: Path) -> float:
+        """Write ``live`` with the weights of ``source`` to ``path``, atomically.
+
+        The parser refits by the names that it gave the weights when it built the engine, so the
+        graph is made in the same way.
+
+        Args:
+            live: An engine built with ``config``, which has ``refittable``.
+            source: An export of the same topology.
+            config: Of ``live``.
+            path: The new engine.
+
+        Returns:
+            Seconds.
+
+        Raises:
+            BackendUnavailableError: The library or the GPU is not here.
+            EngineBuildError: The engine does not take the weights.
+        """
+        trt = load_tensorrt(self.family, needs="Refitter")
+        if refusal := tensorrt_refit_refusal(trt.__version__):
+            raise BackendUnavailableError(refusal)
+        start = time.perf_counter()
+        graph = typed_graph(
+            source, config, keep_op_types=_FP32_ONLY.get(config.precision, frozenset())
+        )
+        log, complaints = collecting_logger(trt)
+        with (
+            CudaDevice(0).current(),
+            tempfile.TemporaryDirectory(prefix="weaksam-refit-") as folder,
+        ):
+            engine = trt.Runtime(log).deserialize_cuda_engine(live.read_bytes())
+            if engine is None or not engine.refittable:
+                raise self._refusal(source, "refit", [*complaints, "it was not built refittable"])
+            refitter = trt.Refitter(engine, log)
+            parser = trt.OnnxParserRefitter(refitter, log)
+            save_onnx(portable_model(graph), Path(folder) / "model.onnx")
+            if not parser.refit_from_file(str(Path(folder) / "model.onnx")):
+                complaints += [parser.get_error(i).desc() for i in range(parser.num_errors)]
+                raise self._refusal(source, "refit", complaints)
+            if missing := refitter.get_missing_weights():
+                raise self._refusal(source, "refit", [f"weights left over: {missing}"])
+            if not refitter.refit_cuda_engine():
+                raise self._refusal(source, "refit", complaints)
+            settings = engine.create_serialization_config()
+            settings.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+            settings.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+            plan = engine.serialize_with_config(settings)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(memoryview(plan))
+        return round(time.perf_counter() - start, 2)
 
     def _refusal(
         self, source: EngineSource, what: str, complaints: Sequence[str]

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from torch import nn
 
+from export.engines.base import EngineConfig
+from export.engines.build import build_engine
 from export.exportable import Exportable
 from export.release import ReleaseRules, release
 from export.verify import FP32
@@ -163,6 +165,31 @@ def test_a_classifier_and_a_sam_are_released_and_go_back_without_a_failed_reques
     assert load.errors == []
     assert load.num_answers > 10
     assert check_model_repository(repository) == []
+
+
+def test_an_engine_of_lower_precision_is_released_in_that_precision(tiny, folder, config, tmp_path):
+    half = build_engine(
+        tiny[DETECTOR], tmp_path / "half", engine="onnxruntime",
+        config=EngineConfig(precision="fp16"),
+    )  # fmt: skip
+    repository = tmp_path / "models"
+    build_model_repository([half], repository, profile="embedded", config=config)
+    options = ServerOptions(load_models=("*",))
+    with (
+        EmbeddedServer(repository, options) as server,
+        ModelControl(server.grpc_address) as control,
+    ):
+        summary = release(
+            repository, exportables(tiny, [DETECTOR]), folder, control,
+            export=copied(tiny), method="auto", rules=RULES,
+        )  # fmt: skip
+        with WeakSamClient(server.grpc_address) as client:
+            answer = client.detect(PNG)
+    served = load_artifact(repository / DETECTOR / str(summary.report.release.version))
+    assert summary.methods == {DETECTOR: "build"}
+    assert served.passport.precision == "fp16"
+    assert served.passport.parity["all outputs"]["distance"] < 0.01
+    assert len(answer.detections.boxes) == len(BOXES)
 
 
 def test_a_half_a_sam_changes_nothing(live, tiny):

@@ -81,6 +81,12 @@ def test_a_box_of_another_class_or_place_is_lost():
     assert agreement(DETECTOR, _detections(), moved).distance == pytest.approx(1)
 
 
+def test_a_box_without_area_agrees_with_itself():
+    empty = _detections()
+    empty["boxes"][..., 2:] = empty["boxes"][..., :2]
+    assert agreement(DETECTOR, empty, empty).distance == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_never_agrees(bad):
     found = agreement("sam", {"y": np.ones(3, np.float32)}, {"y": np.array([1, bad, 1])})

@@ -8,17 +8,23 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from export.__main__ import engines
 from export.engines.aot_inductor import AotInductorModel
 from export.engines.base import EngineBuildError, EngineConfig
-from export.engines.build import BUILDERS, build_engine, builder_for
+from export.engines.build import (
+    BUILDERS,
+    build_config,
+    build_engine,
+    builder_for,
+    was_built,
+)
 from export.engines.profiles import Profile, ShapeRange, default_profiles
 from export.exportable import example_inputs
-from export.mixed_precision import KeepFp32
+from export.mixed_precision import KeepFp32, node_names
 from export.portable_graph import portable_model
-from export.verify import FP32, parity
+from export.verify import FP32, ParityError, parity
 from tests.unit.export.toy_models import TOY_DETECTOR, ToyDetector
 from weaksam_rt.artifacts import load_artifact
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
@@ -58,6 +64,8 @@ def test_rtx_engines_are_built_ahead_of_time_for_each_gpu(toy, tmp_path, capabil
     assert passport.versions["tensorrt-rtx"].startswith("1.")
     assert passport.profiles[0]["inputs"]["image"]["largest"] == [8, 16, 16, 3]
     assert passport.source == {"file": "toy"}
+    assert not passport.parity
+    assert "not_compared" in passport.notes
 
 
 def test_one_rtx_engine_serves_several_gpus_and_has_all_profiles(toy, tmp_path):
@@ -167,6 +175,44 @@ def test_onnx_runtime_engines_run_and_agree(toy, tmp_path, precision):
     np.testing.assert_allclose(got["scores"], expected["scores"], atol=limit)
     if precision == "fp16":
         assert np.abs(got["scores"] - expected["scores"]).max() > 0
+    assert artifact.passport.parity["all outputs"]["distance"] <= limit
+    assert artifact.passport.worst_parity == artifact.passport.parity["all outputs"]["distance"]
+
+
+@pytest.mark.parametrize(("factor", "said"), [(-1.0, "distance"), (np.nan, "not finite")])
+def test_an_engine_that_answers_otherwise_is_refused_and_never_loaded(toy, tmp_path, factor, said):
+    wrong = onnx.load(toy.path)
+    weight = next(t for t in wrong.graph.initializer if t.name == "head.bias")
+    weight.CopyFrom(numpy_helper.from_array(factor * numpy_helper.to_array(weight), weight.name))
+    with pytest.raises(ParityError, match=rf"detector for onnxruntime in fp32: .*{said}"):
+        build_engine(toy, tmp_path, engine="onnxruntime", config=EngineConfig(), graph=wrong)
+    with pytest.raises(ArtifactError):
+        load_artifact(tmp_path)
+
+
+def test_how_an_engine_was_built_can_be_read_from_its_passport(toy, tmp_path):
+    kept = KeepFp32(
+        nodes=frozenset(node_names(onnx.load(toy.path))[:2]), op_types=frozenset({"Gemm"})
+    )
+    config = EngineConfig(precision="fp16", keep_fp32=kept)
+    artifact = build_engine(toy, tmp_path / "a", engine="onnxruntime", config=config)
+    assert was_built(artifact)
+    assert not was_built(toy)
+    assert build_config(load_artifact(tmp_path / "a")) == config
+    config = dataclasses.replace(_ADA, workspace_bytes=1 << 28)
+    artifact = build_engine(toy, tmp_path / "b", engine="tensorrt-rtx", config=config)
+    expected = default_profiles(toy.contract)
+    assert build_config(load_artifact(tmp_path / "b")) == dataclasses.replace(
+        config, profiles=expected
+    )
+
+
+def test_a_profile_takes_what_is_within_its_ranges():
+    narrow, *_, wide = default_profiles(detector_contract(TOY_DETECTOR))
+    two, one, _ = example_inputs(DETECTOR, TOY_DETECTOR)
+    assert narrow.takes(one)
+    assert not narrow.takes(two)
+    assert wide.takes(two)
 
 
 def test_bf16_on_a_cpu_is_refused_with_onnx_runtimes_reason(toy, tmp_path):

@@ -37,7 +37,9 @@ class ToyDetector(nn.Module):
         pixels = (image.float() - self.mean) / 255
         features = self.norm(self.conv(pixels.permute(0, 3, 1, 2))).flatten(2).transpose(1, 2)
         values = self.head(features)
-        return values[..., :4] * 16, values[..., 4].sigmoid(), (values[..., 5] > 0).to(torch.int32)
+        corners = values[..., :4].sigmoid() * 8
+        boxes = torch.cat([corners[..., :2], corners[..., :2] + corners[..., 2:] + 1], dim=-1)
+        return boxes, values[..., 4].sigmoid(), (values[..., 5] > 0).to(torch.int32)
 
 
 def exportable(module):

@@ -4,16 +4,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from export.__main__ import export_model
+from export.calibration import calibrated
+from export.engines.base import EngineConfig
+from export.engines.build import build_config, build_engine
+from export.engines.compare import ENGINE_LIMITS
 from export.judges import JUDGES, ap50_of_engine, judge_of, losses, measured, with_metrics
+from export.mixed_precision import KeepFp32
 from export.probes import Answer, answer_difference, calls_of, check_engine_answers, make_probes
 from export.refit import RefitError
 from export.release import ReleaseRules, build_candidate, live_engines, release
 from tests.integration.pictures import BOXES, labelled_scenes
 from tests.integration.tiny_engines import CLASS_NAMES, write_tiny_artifacts
 from tests.unit.export.test_refit import ToyDetector, exportable
-from weaksam_rt.artifacts import load_artifact, write_manifest
+from weaksam_rt.artifacts import load_artifact
 from weaksam_rt.config import DetectionConfig, PipelineConfig
 from weaksam_rt.contracts import (
     DETECTOR,
@@ -21,13 +27,14 @@ from weaksam_rt.contracts import (
     SAM_MASK_DECODER,
     VIT_CLASSIFIER,
 )
-from weaksam_rt.errors import ArtifactError, ReleaseError
+from weaksam_rt.errors import ArtifactError, BackendUnavailableError, ReleaseError
 from weaksam_rt.model_repository import build_model_repository
 from weaksam_rt.proposals import ProposalConfig
 from weaksam_rt.types import Detections
 
 CONFIG = DetectionConfig()
 DETECT = "weaksam_detect"
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -199,19 +206,12 @@ def test_half_a_sam_and_mixtures_are_not_released():
             judge_of(wrong)
 
 
-def test_a_model_that_releases_do_not_build_is_refused_before_anything_is_built(tiny, tmp_path):
-    foreign = tmp_path / "engine"
-    foreign.mkdir()
-    (foreign / "model.rtx_engine").write_bytes(b"plan")
-    plan = write_manifest(
-        foreign / "model.rtx_engine",
-        model=DETECTOR,
-        engine="tensorrt-rtx",
-        parameters=tiny.parameters,
-        provenance={},
-    )
+@no_gpu
+def test_an_engine_that_cannot_be_tried_here_is_refused_before_anything_is_built(tiny, tmp_path):
+    config = EngineConfig(compute_capabilities=("8.9",))
+    plan = build_engine(tiny, tmp_path / "engine", engine="tensorrt-rtx", config=config)
     build_model_repository([plan], tmp_path / "r", profile="embedded", config=PipelineConfig())
-    with pytest.raises(ArtifactError, match=r"is an engine for tensorrt-rtx, a release builds one"):
+    with pytest.raises(BackendUnavailableError, match=r"engine for tensorrt-rtx.* machine that se"):
         live_engines(tmp_path / "r", [DETECTOR])
     with pytest.raises(ArtifactError, match="serves no vit_classifier"):
         live_engines(tmp_path / "r", [VIT_CLASSIFIER])
@@ -265,6 +265,39 @@ def test_a_candidate_is_refitted_where_it_fits_and_exported_where_not(tmp_path, 
     larger = replace(wider, parameters=replace(wider.parameters, num_candidates=4))
     with pytest.raises(RefitError, match="num_candidates=4"):
         build_candidate(larger, live, tmp_path / "e", method="refit", export=export)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_an_engine_of_lower_precision_gets_a_successor_like_it(folder, tmp_path, precision):
+    old = export(exportable(ToyDetector(0)), tmp_path / "old", False)
+    keep = KeepFp32(op_types=frozenset({"Gemm"}))
+    graph = calibrated(old, "int8", keep, folder) if precision == "int8" else None
+    live = build_engine(
+        old,
+        tmp_path / "live",
+        engine="onnxruntime",
+        config=EngineConfig(precision=precision, keep_fp32=keep),
+        graph=graph,
+    )
+    new = exportable(ToyDetector(1))
+
+    with pytest.raises(RefitError, match="without --refittable for onnxruntime"):
+        build_candidate(
+            new, live, tmp_path / "a", method="refit", export=export, calibration=folder
+        )
+    candidate = build_candidate(
+        new, live, tmp_path / "b", method="auto", export=export, calibration=folder
+    )
+
+    assert candidate.method == "build"
+    built = load_artifact(tmp_path / "b")
+    assert build_config(built) == build_config(live)
+    assert built.passport.parity["all outputs"]["distance"] < ENGINE_LIMITS[precision]
+    again = build_candidate(
+        exportable(ToyDetector(2)), built, tmp_path / "c", method="auto", export=export,
+        calibration=folder,
+    )  # fmt: skip
+    assert again.artifact.sha256 not in (built.sha256, live.sha256)
 
 
 @pytest.mark.parametrize(

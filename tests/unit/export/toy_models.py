@@ -29,7 +29,9 @@ class ToyDetector(nn.Module):
         values = self.head(self.features(pixels).mean(dim=(2, 3))).unflatten(1, (16, 6))
         scores, index = values[..., 4].sigmoid().topk(4, dim=1)
         chosen = values.gather(1, index[:, :, None].expand(-1, -1, 6))
-        return chosen[..., :4] * 16, scores, (chosen[..., 5] > 0).to(torch.int32)
+        corners = chosen[..., :4].sigmoid() * 8
+        boxes = torch.cat([corners[..., :2], corners[..., :2] + corners[..., 2:] + 1], dim=-1)
+        return boxes, scores, (chosen[..., 5] > 0).to(torch.int32)
 
 
 def export_toy_detector(directory: Path) -> ModelArtifact:

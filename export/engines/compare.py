@@ -1,0 +1,94 @@
+"""The last step of a build: the engine beside the ONNX model that it was built from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from export.agreement import Agreement, agreement, worst
+from export.engines.aot_inductor import AOT_ENGINES, AotInductorModel
+from export.engines.base import EnginePrecision
+from export.engines.profiles import Profile
+from export.engines.tensorrt import this_gpu
+from export.exportable import example_inputs
+from export.precision_doctor import DISTANCE_LIMITS
+from export.verify import ParityError
+from weaksam_rt.artifacts import ModelArtifact
+from weaksam_rt.backends.base import Arrays
+from weaksam_rt.backends.engines import open_engine
+from weaksam_rt.backends.local import ModelFunction
+from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
+from weaksam_rt.errors import BackendUnavailableError
+
+ENGINE_LIMITS: Mapping[EnginePrecision, float] = {
+    "fp32": 0.01,
+    "fp16": DISTANCE_LIMITS["fp16"],
+    "bf16": DISTANCE_LIMITS["bf16"],
+    "int8": 0.5,
+    "fp8": 0.5,
+}
+"""Distance (``Agreement``) up to which an engine is accepted. A GPU rounds the factors of float32
+products to 10 bits (TF32). Quantised engines are judged by their task metric; this limit finds
+broken ones."""
+
+
+def compare_with_source(
+    built: ModelArtifact,
+    source: ModelArtifact,
+    precision: EnginePrecision,
+    profiles: Sequence[Profile] = (),
+) -> Agreement:
+    """How far the engine's answers are from ONNX Runtime's in float32.
+
+    Args:
+        built: The engine.
+        source: What it was built from.
+        precision: Of the engine.
+        profiles: Sizes that the engine takes; empty: all.
+
+    Raises:
+        BackendUnavailableError: This machine cannot run the engine.
+        ParityError: The answers are not finite, or too far away.
+    """
+    engine, reference = _opened(built), OnnxRuntimeModel(source)
+    found = worst(
+        [
+            agreement(built.model, reference(arrays), engine(arrays, None))
+            for arrays in _inputs(built, profiles)
+        ]
+    )
+    limit = ENGINE_LIMITS[precision]
+    if not (found.finite and found.distance <= limit):
+        values = f"distance {found.distance:.3g}" if found.finite else "values that are not finite"
+        raise ParityError(
+            f"{built.model} for {built.engine} in {precision}: {values} beside ONNX Runtime in "
+            f"float32, up to {limit:g} is accepted; find the layers that break with `python -m "
+            "export doctor` and keep them with --keep-fp32"
+        )
+    return found
+
+
+def parity_of(found: Agreement) -> dict[str, dict[str, float]]:
+    """For the passport."""
+    figures = asdict(found)
+    return {"all outputs": {name: figures[name] for name in ("distance", "cosine")}}
+
+
+def _inputs(built: ModelArtifact, profiles: Sequence[Profile]) -> list[Arrays]:
+    examples = example_inputs(built.model, built.parameters)
+    fitting = [a for a in examples if not profiles or any(p.takes(a) for p in profiles)]
+    if not fitting:
+        raise BackendUnavailableError("no example input is of a size that its profiles take")
+    return list(fitting)
+
+
+def check_runs_here(built: ModelArtifact) -> None:
+    """Raise ``BackendUnavailableError`` where this machine cannot run the engine."""
+    if built.passport.exporter["name"] == "onnxruntime-cuda":
+        raise BackendUnavailableError("only a server opens ONNX Runtime engines on a GPU")
+    targets = built.passport.compute_capabilities
+    if targets and (here := this_gpu()) not in targets:
+        raise BackendUnavailableError(f"it is for {', '.join(targets)}, this machine has {here}")
+
+
+def _opened(built: ModelArtifact) -> ModelFunction:
+    check_runs_here(built)
+    return AotInductorModel(built) if built.engine in AOT_ENGINES else open_engine(built)
