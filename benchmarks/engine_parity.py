@@ -36,6 +36,7 @@ from export.mixed_precision import KeepFp32, emulated, expand_normalizations, lo
 from export.precision_doctor import Diagnosis, diagnose
 from export.quantization import quantized
 from export.task_metrics import image_inputs, spread, task_metric
+from export.verify import ParityError
 from training.data.coco import CocoFolder, load_coco_folder
 from training.engine.progress import stage_progress
 from training.engine.stage import git_commit
@@ -337,7 +338,7 @@ def _build(
                 graph=prepared.quantized.get(precision),
             )
             size, seconds = built.path.stat().st_size, time.perf_counter() - start
-        except (EngineBuildError, BackendUnavailableError) as refusal:
+        except (EngineBuildError, BackendUnavailableError, ParityError) as refusal:
             error = str(refusal)
     return BuildRow(
         model=prepared.artifact.model,

@@ -34,6 +34,7 @@ from export.engines.profiles import default_profiles
 from export.engines.tensorrt import this_gpu
 from export.exportable import Exportable, chosen_exportables
 from export.refit import RefitError, refit_onnx
+from export.verify import ParityError
 from training.engine.progress import stage_progress
 from training.engine.stage import git_commit
 from weaksam_rt.artifacts import ModelArtifact
@@ -241,7 +242,7 @@ def _rtx_row(
                 )
                 seconds[refittable].append(built.passport.exporter["seconds"])
                 engines[refittable] = built
-    except (EngineBuildError, BackendUnavailableError, ValueError) as error:
+    except (EngineBuildError, BackendUnavailableError, ParityError, ValueError) as error:
         remark = str(error)
     slowdown = None
     if not remark:
