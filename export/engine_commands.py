@@ -89,7 +89,9 @@ def engines(
         )
         megabytes = built.path.stat().st_size / 1e6
         seconds = built.passport.exporter["seconds"]
-        _LOGGER.info("%s: %.1f MB in %.1f s", built.path, megabytes, seconds)
+        distance = built.passport.worst_parity
+        compared = "not compared" if distance is None else f"distance from float32 {distance:.1g}"
+        _LOGGER.info("%s: %.1f MB in %.1f s, %s", built.path, megabytes, seconds, compared)
 
 
 def doctor(

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from export.engines.aot_inductor import AotInductorModel
 from export.engines.base import EngineConfig
-from export.engines.build import build_engine
+from export.engines.build import build_config, build_engine, build_engine_like
 from export.engines.tensorrt import this_gpu
 from export.exportable import example_inputs
 from tests.unit.export import stand_in_tensorrt
-from tests.unit.export.toy_models import TOY_DETECTOR
+from tests.unit.export.toy_models import TOY_DETECTOR, export_toy_detector
 from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import build_cpu_driver
 from weaksam_rt import cuda_driver
 from weaksam_rt.artifacts import load_artifact, write_manifest
@@ -231,3 +231,20 @@ def test_a_real_engine_answers_as_onnx_runtime(toy_artifact, tmp_path, engine, p
         got, expected = opened(arrays, None), reference(arrays)
         np.testing.assert_allclose(got["scores"], expected["scores"], atol=limit)
         np.testing.assert_allclose(got["boxes"], expected["boxes"], atol=16 * limit)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
+def test_a_refitted_engine_answers_as_its_new_checkpoint(toy_artifact, tmp_path, engine):
+    config = EngineConfig(compute_capabilities=(this_gpu(),), refittable=True)
+    try:
+        live = build_engine(toy_artifact, tmp_path / "live", engine=engine, config=config)
+    except (BackendUnavailableError, ValueError) as error:
+        pytest.skip(str(error))
+    new = export_toy_detector(tmp_path / "new", seed=1)
+    refitted = build_engine_like(live, new, tmp_path / "refitted", refit=True)
+    opened, reference = open_engine(refitted), OnnxRuntimeModel(new)
+    arrays = example_inputs(DETECTOR, TOY_DETECTOR)[0]
+    np.testing.assert_allclose(opened(arrays)["scores"], reference(arrays)["scores"], atol=1e-3)
+    assert build_config(refitted) == build_config(live)
+    build_engine_like(refitted, toy_artifact, tmp_path / "again", refit=True)

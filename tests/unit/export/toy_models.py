@@ -16,9 +16,9 @@ TOY_DETECTOR = DetectorParameters(image_size=16, num_candidates=4, class_names=(
 class ToyDetector(nn.Module):
     """Convolution, normalisation and a sort: boxes whose numbers depend on the pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.features = nn.Sequential(
             nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.GroupNorm(2, 8), nn.GELU()
         )
@@ -34,11 +34,11 @@ class ToyDetector(nn.Module):
         return boxes, scores, (chosen[..., 5] > 0).to(torch.int32)
 
 
-def export_toy_detector(directory: Path) -> ModelArtifact:
+def export_toy_detector(directory: Path, seed: int = 0) -> ModelArtifact:
     """``ToyDetector`` as an ONNX artifact."""
     contract = engine_contract(DETECTOR, TOY_DETECTOR)
     example = example_tensors(example_inputs(DETECTOR, TOY_DETECTOR)[0])
-    onnx_from_module(ToyDetector(), contract, example, directory / "model.onnx")
+    onnx_from_module(ToyDetector(seed), contract, example, directory / "model.onnx")
     return write_manifest(
         directory / "model.onnx",
         model=DETECTOR,
