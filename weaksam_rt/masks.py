@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -245,6 +246,7 @@ def _rles(masks: InstanceMasks) -> list[dict[str, object]]:
     return [{"counts": counts, "size": size} for counts in masks.rle_counts]
 
 
+@lru_cache(maxsize=8)  # each call of an image's masks needs them again
 def _image_matrices(
     side: int, frame: ModelFrame
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -253,6 +255,8 @@ def _image_matrices(
     to_frame = resize_matrix(frame.model_size, side)
     rows = resize_matrix(frame.image_size[0], height) @ to_frame[:height]
     columns = resize_matrix(frame.image_size[1], width) @ to_frame[:width]
+    rows.setflags(write=False)
+    columns.setflags(write=False)
     return rows, columns
 
 

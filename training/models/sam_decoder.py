@@ -17,7 +17,6 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor, nn
-from torch.nn import functional
 
 
 class MaskPrediction(NamedTuple):
@@ -225,8 +224,7 @@ def _masks_of_cells(
     quarters = _quarter(first, cells)  # [p, d / 4, 4 c]: which of the four, cell
     quarters = activation(_normalize_channels(quarters, norm))
     pixels = last_activation(_quarter(second, quarters))  # [p, d / 8, 16 c]: second four, first
-    logits = (kernels @ pixels).reshape(cells.shape[0], -1, *size)  # [p, m 16, h, w]
-    return functional.pixel_shuffle(functional.pixel_shuffle(logits, 2), 2)
+    return _in_place(kernels @ pixels, size)
 
 
 def _quarter(convolution: nn.Module, cells: Float[Tensor, "p i c"]) -> Float[Tensor, "p o 4*c"]:
@@ -236,3 +234,18 @@ def _quarter(convolution: nn.Module, cells: Float[Tensor, "p i c"]) -> Float[Ten
     matrix = convolution.weight.flatten(1).transpose(0, 1)  # [o 4, i]
     out = (matrix @ cells).unflatten(1, (convolution.out_channels, 4)).flatten(2)
     return out + convolution.bias.unsqueeze(-1)
+
+
+def _in_place(logits: Float[Tensor, "p m 16*c"], size: torch.Size) -> Float[Tensor, "p m mh mw"]:
+    """From the order (y2, x2, y1, x1, h, w) of the second and first fours and the cells to rows of
+    pixels (h, y1, y2) and columns (w, x1, x2).
+
+    Axes are moved one after the other: ONNX Runtime does that three times as fast as
+    ``pixel_shuffle`` or one permutation.
+    """
+    prompts, masks, _ = logits.shape
+    height, width = size
+    x2_last = logits.reshape(-1, 2, 4 * height * width).transpose(1, 2)
+    x1_before = x2_last.reshape(-1, 2, height * width, 2).transpose(1, 2)
+    rows = x1_before.reshape(-1, 2, 2, height, 4 * width).permute(0, 3, 2, 1, 4)
+    return rows.reshape(prompts, masks, 4 * height, 4 * width)
