@@ -227,7 +227,7 @@ def _masks_of_cells(
     return _in_place(kernels @ pixels, size)
 
 
-def _quarter(convolution: nn.Module, cells: Float[Tensor, "p i c"]) -> Float[Tensor, "p o 4*c"]:
+def _quarter(convolution: nn.Module, cells: Float[Tensor, "p i c"]) -> Float[Tensor, "p o n"]:
     """What the transposed convolution puts in place of each cell, in the order (y, x, cell)."""
     assert isinstance(convolution, nn.ConvTranspose2d)
     assert convolution.bias is not None  # as SAM builds it
@@ -236,7 +236,7 @@ def _quarter(convolution: nn.Module, cells: Float[Tensor, "p i c"]) -> Float[Ten
     return out + convolution.bias.unsqueeze(-1)
 
 
-def _in_place(logits: Float[Tensor, "p m 16*c"], size: torch.Size) -> Float[Tensor, "p m mh mw"]:
+def _in_place(logits: Float[Tensor, "p m n"], size: torch.Size) -> Float[Tensor, "p m mh mw"]:
     """From the order (y2, x2, y1, x1, h, w) of the second and first fours and the cells to rows of
     pixels (h, y1, y2) and columns (w, x1, x2).
 
