@@ -43,7 +43,7 @@ from training.evaluation.proposal_report import write_page
 from training.evaluation.recall import RecallCounter
 from training.models.vit_adapter import load_classifier
 from training.proposal_workers import Shard, propose_in_processes, propose_on_ray
-from training.proposer import ImageProposer, ProposalRecipe, ProposerConfig
+from training.proposer import ImageProposer, ProposalRecipe, ProposerConfig, check_tags
 from weaksam_rt.files import write_json
 from weaksam_rt.types import Proposals
 
@@ -89,6 +89,9 @@ class GenerateProposalsConfig:
     """Torch device of the models; ``cuda`` gives each process of this machine its own GPU."""
     num_threads: int = 2
     """CPU threads of torch, shared by the processes of this machine."""
+    skip_bad: bool = False
+    """Leave images that cannot be read or have no tags out, and list them in ``skipped.json``,
+    instead of stopping."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -110,6 +113,7 @@ class GenerateProposalsConfig:
             recipe=self.recipe,
             device=self.device,
             num_threads=max(1, self.num_threads // (1 if self.ray else self.num_workers)),
+            skip_bad=self.skip_bad,
         )
 
 
@@ -125,6 +129,8 @@ def generate_proposals(config: GenerateProposalsConfig) -> None:
         return
     classes = load_classifier(config.classifier).class_names
     folder = load_coco_folder(config.data, classes)
+    if config.recipe.tags == "given" and not config.skip_bad:
+        check_tags(folder)
     index = index_shards(stage.directory / _SHARDS)
     todo = [r.image_id for r in folder.records if r.image_id not in index.places]
     _propose_all(config, stage, len(folder.records) - len(todo), todo)

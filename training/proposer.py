@@ -46,8 +46,6 @@ class ProposalRecipe:
     mixed_precision: bool = False
     """SAM in bfloat16: on CPUs with matrix units about twice as fast, with boxes that differ by
     fractions of a pixel from the served ones."""
-    skip_bad: bool = False
-    """Leave unreadable images out and list them in ``skipped.json`` instead of stopping."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +63,8 @@ class ProposerConfig:
     """Torch device of the models."""
     num_threads: int = 2
     """CPU threads of torch."""
+    skip_bad: bool = False
+    """Leave images that cannot be used out."""
 
 
 class ImageProposer:
@@ -79,6 +79,7 @@ class ImageProposer:
         """
         torch.set_num_threads(config.num_threads)
         self.recipe = config.recipe
+        self._skip_bad = config.skip_bad
         self._classifier = load_classifier(config.classifier)
         self.folder: CocoFolder = load_coco_folder(config.data, self._classifier.class_names)
         self.trained: TrainedModels = proposal_models(
@@ -102,7 +103,7 @@ class ImageProposer:
             image = read_image(record)
             tags = _tags(record, self.folder, self.recipe)
         except ValueError as error:
-            if not self.recipe.skip_bad:
+            if not self._skip_bad:
                 raise
             _LOGGER.warning("left out: %s", error)
             return Skipped(file_name=record.path.name, reason=str(error))
@@ -211,14 +212,22 @@ def read_image(record: ImageRecord) -> NDArray[np.uint8]:
     return image
 
 
+def check_tags(folder: CocoFolder) -> None:
+    """Raise ``ValueError`` where images have no tags, from which proposals are made."""
+    untagged = [record for record in folder.records if not record.tags]
+    if untagged:
+        raise ValueError(
+            f"{len(untagged)} of {len(folder.records)} images of {folder.root} have no tags, the "
+            f"first is {untagged[0].path.name}; tag them, leave such images out with --skip-bad, "
+            "or let the classifier decide (training.generate_proposals --recipe.tags predicted)"
+        )
+
+
 def _tags(record: ImageRecord, folder: CocoFolder, recipe: ProposalRecipe) -> list[str] | None:
     if recipe.tags == "predicted":
         return None
     if not record.tags:
-        raise ValueError(
-            f"{record.path} has no tags; tag it, leave such images out with --recipe.skip-bad, or "
-            "let the classifier decide with --recipe.tags predicted"
-        )
+        raise ValueError(f"{record.path} has no tags")
     return [folder.class_names[tag] for tag in record.tags]
 
 

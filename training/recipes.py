@@ -99,7 +99,8 @@ def aquarium() -> ChainRecipe:
 
     Command:
         ``python -m training.run --recipe aquarium --data aquarium/train --val aquarium/val
-        --output runs/aquarium --sam SAM --trunk-weights SQUEEZENET --supervised``
+        --output runs/aquarium --sam SAM --trunk-weights SQUEEZENET --supervised --skip-bad``;
+        one training image shows nothing and has no tags, so it is left out.
     Hardware and time:
         2 CPU cores; by our estimate, not timed: half an hour for the proposals (at most four times
         the 0.8 s an image of ``animals7``, for four times its prompts) and as long for the rest.

@@ -22,11 +22,11 @@ from training.evaluate import evaluate, summary
 from training.generate_proposals import (
     PROPOSALS_NAME,
     GenerateProposalsConfig,
-    ProposalRecipe,
     generate_proposals,
 )
 from training.generate_pseudo_masks import ANNOTATIONS_NAME as MASKS_NAME
 from training.generate_pseudo_masks import PseudoMaskConfig, generate_pseudo_masks
+from training.proposer import ProposalRecipe, check_tags
 from training.recipes import RECIPES, ChainRecipe
 from training.relabel import RelabelConfig, relabel
 from training.retraining.roi_drop import RoiDropConfig
@@ -102,8 +102,8 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
     Returns:
         The summary: the metrics of each stage.
     """
-    if config.skip_bad:
-        recipe = replace(recipe, proposals=replace(recipe.proposals, skip_bad=True))
+    if not config.skip_bad:
+        check_tags(load_coco_folder(config.data))  # before the first stage takes its time
     train_proposals, val_proposals = _proposals(config, recipe)
     wsod = config.output / "wsod"
     train_wsod.main(
@@ -254,6 +254,7 @@ def _proposals(config: RunConfig, recipe: ChainRecipe) -> tuple[Path, Path]:
                 recipe=settings,
                 num_workers=config.proposal_workers,
                 num_threads=config.num_threads,
+                skip_bad=config.skip_bad,
             )
         )
     return folders

@@ -21,9 +21,7 @@ from weaksam_rt.boxes import box_xyxy_from_xywh
 from weaksam_rt.masks import decode_rle
 from weaksam_rt.types import ImageSize
 
-_LEAVE_OUT = (
-    "leave such images out with --skip-bad (of training.generate_proposals: --recipe.skip-bad)"
-)
+_LEAVE_OUT = "leave such images out with --skip-bad"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

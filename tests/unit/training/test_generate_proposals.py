@@ -130,13 +130,31 @@ def test_a_bad_image_stops_the_run_with_its_name_or_is_listed(world, tmp_path):
         (data / "images" / path.name).write_bytes(content[:300] if is_bad else content)
     (data / "instances.json").write_bytes((world / "train" / "instances.json").read_bytes())
     config = dataclasses.replace(_config(world, tmp_path / "stops"), data=data)
-    with pytest.raises(ValueError, match=r"0000001\.jpg.*--recipe\.skip-bad"):
+    with pytest.raises(ValueError, match=r"0000001\.jpg.*--skip-bad"):
         generate_proposals(config)
-    config = dataclasses.replace(_config(world, tmp_path / "goes_on", skip_bad=True), data=data)
-    generate_proposals(config)
-    assert {entry["image_id"] for entry in _entries(tmp_path / "goes_on")} == {0, 2}
-    assert list(json.loads((tmp_path / "goes_on" / "skipped.json").read_text())) == ["0000001.jpg"]
-    assert read_manifest(tmp_path / "goes_on")["metrics"]["num_skipped"] == 1
+    generate_proposals(dataclasses.replace(config, skip_bad=True))  # what is done stays
+    assert {entry["image_id"] for entry in _entries(config.output)} == {0, 2}
+    assert list(json.loads((config.output / "skipped.json").read_text())) == ["0000001.jpg"]
+    assert read_manifest(config.output)["metrics"]["num_skipped"] == 1
+
+
+def test_images_without_tags_are_found_before_the_work_begins(world, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "images").symlink_to(world / "train" / "images")
+    content = json.loads((world / "train" / "instances.json").read_text())
+    tagged = [a for a in content["annotations"] if a["image_id"] != 2]
+    (data / "instances.json").write_text(json.dumps({**content, "annotations": tagged}))
+    config = dataclasses.replace(_config(world, tmp_path / "out"), data=data)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageProposer, "__init__", None)  # would be called first
+        with pytest.raises(
+            ValueError, match=r"1 of 3 images .* first is 0000002\.jpg; .*--skip-bad"
+        ):
+            generate_proposals(config)
+    generate_proposals(dataclasses.replace(config, skip_bad=True))
+    assert {entry["image_id"] for entry in _entries(config.output)} == {0, 1}
+    assert list(json.loads((config.output / "skipped.json").read_text())) == ["0000002.jpg"]
 
 
 def _prompts(points, class_ids, source, scores=None):
