@@ -8,6 +8,7 @@ get.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from weaksam_rt.errors import WeakSamError
 
 Send = Callable[[int], Awaitable[object]]
 """Sends request number i and returns when its answer is there; a failure is a ``WeakSamError``."""
+_MAX_REASON = 200
+"""Characters of an error that are reported."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +75,21 @@ class Load:
     def num_errors(self) -> int:
         """Requests that failed."""
         return sum(s.error is not None for s in self.samples)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """How many requests failed for which reason, and between which seconds; numbers in a
+        reason are left out, so that equal reasons count together.
+        """
+        times: dict[str, list[float]] = {}
+        for sample in self.samples:
+            if sample.error is not None:
+                reason = re.sub(r"[0-9.]*[0-9]", "N", sample.error)[:_MAX_REASON]
+                times.setdefault(reason, []).append(sample.intended)
+        return tuple(
+            f"{len(when)} failed between {min(when):.0f} and {max(when):.0f} s: {reason}"
+            for reason, when in times.items()
+        )
 
     @property
     def throughput(self) -> float:

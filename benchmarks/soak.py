@@ -182,6 +182,7 @@ def _result(recorder: Recorder, soaked: Soaked, config: SoakConfig) -> Benchmark
         notes=[
             f"{len(load.samples)} requests in {load.seconds / 60:.1f} minutes, "
             f"{load.num_errors} failed.",
+            *load.failures,
             f"Memory {verdict}: {line.slope:+.1f} MiB an hour (95 %: {line.low:+.1f} to "
             f"{line.high:+.1f}); from {soaked.memory_mib[0]:.0f} to "
             f"{soaked.memory_mib[-1]:.0f} MiB, highest {max(soaked.memory_mib):.0f}.",

@@ -82,10 +82,11 @@ def test_a_closed_loop_keeps_its_number_in_flight_and_its_limits():
 def test_a_failure_is_counted_and_never_counts_as_fast():
     async def send(number):
         if number % 2:
-            raise InferenceError("no")
+            raise InferenceError(f"no: {0.25 * number} ms")
 
     load = asyncio.run(closed_loop(send, concurrency=1, limits=Limits(seconds=9, requests=20)))
     assert load.num_errors == 10
+    assert load.failures == ("10 failed between 0 and 0 s: InferenceError: no: N ms",)
     assert len(load.latencies_ms) == 10
     assert load.quantile_with_errors(0.9) == float("inf")
     assert load.goodput(1e6) == pytest.approx(load.throughput)
