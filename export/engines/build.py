@@ -210,17 +210,21 @@ def _accepted(
         )
 
     passport = _passport(source, engine, built, config)
-    unverified = manifest(passport)
+    unverified = manifest(_not_compared(passport, "the comparison did not end"))
     try:
         found = compare_with_source(unverified, source, built.precision, built.profiles)
     except BackendUnavailableError as error:
         _LOGGER.warning("%s was not compared: %s", path, error)
-        return manifest(replace(passport, notes={**passport.notes, "not_compared": str(error)}))
+        return manifest(_not_compared(passport, str(error)))
     except Exception:
         (path.parent / MANIFEST_NAME).unlink()
         raise
     limit = {"distance": ENGINE_LIMITS[built.precision]}
     return manifest(replace(passport, parity=parity_of(found), tolerance=limit))
+
+
+def _not_compared(passport: Passport, reason: str) -> Passport:
+    return replace(passport, notes={**passport.notes, "not_compared": reason})
 
 
 def _passport(
