@@ -1,7 +1,7 @@
 """Scores of whole chains, from tags to a detector, beside the same detector on true boxes.
 
 ``python -m benchmarks.weak_chain --runs RUN ... --name NAME`` reads the ``summary.json`` of
-``training.run --supervised``, one run for each seed, and writes
+``training.run``, one run for each seed (with ``--supervised`` at least one), and writes
 ``benchmarks/results/weak_chain_NAME.md`` and ``.json``.
 """
 
@@ -45,7 +45,7 @@ def main(runs: tuple[Path, ...], name: str, command: str) -> None:
         "| --- | ---: |",
         *(f"| {label} | {_spread(values)} |" for label, values in _stages(summaries)),
     ]
-    ratios = [summary["ap50_of_supervised"] for summary in summaries]
+    ratios = [summary["ap50_of_supervised"] for summary in _with_bound(summaries)]
     lines += ["", f"AP50 from tags over AP50 from true boxes: {_spread(ratios)} %."]
     with atomic_path(_RESULTS / f"weak_chain_{name}.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
@@ -58,7 +58,14 @@ def _detectors(summaries: list[dict[str, Any]]) -> list[tuple[str, list[dict[str
         (f"pseudo boxes, round {number + 1}", [s["detectors"][number] for s in summaries])
         for number in range(num_rounds)
     ]
-    return [*rounds, ("true boxes", [summary["supervised"] for summary in summaries])]
+    bounds = _with_bound(summaries)
+    seeds = ", ".join(str(summary["seed"]) for summary in bounds)
+    label = "true boxes" if len(bounds) == len(summaries) else f"true boxes, seed {seeds}"
+    return [*rounds, (label, [summary["supervised"] for summary in bounds])]
+
+
+def _with_bound(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [summary for summary in summaries if "supervised" in summary]
 
 
 def _stages(summaries: list[dict[str, Any]]) -> list[tuple[str, list[float]]]:

@@ -102,11 +102,12 @@ def aquarium() -> ChainRecipe:
         --output runs/aquarium --sam SAM --trunk-weights SQUEEZENET --supervised --skip-bad``;
         one training image shows nothing and has no tags, so it is left out.
     Hardware and time:
-        2 CPU cores; by our estimate, not timed: half an hour for the proposals (at most four times
-        the 0.8 s an image of ``animals7``, for four times its prompts) and as long for the rest.
+        2 CPU cores, shared with other work: 55 minutes, of which 17 are the detector on true
+        boxes; 14 for the proposals.
     Expected score:
-        Not measured yet, and the paper has none: ``--supervised`` gives the upper bound to compare
-        with.
+        Ours, one seed: AP50 8.0, CorLoc 21.2; the same detector on true boxes 36.8 and 65.1. Fish,
+        penguins and jellyfish are small where a compact SAM sees the whole picture at 256 pixels
+        (recall of the proposals at IoU 0.5: 19.7), and tags go with backgrounds. The paper has none.
     """
     return ChainRecipe(
         proposals=_proposals(16, 12.0),
