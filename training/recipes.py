@@ -107,7 +107,8 @@ def aquarium() -> ChainRecipe:
     Expected score:
         Ours, one seed: AP50 8.0, CorLoc 21.2; the same detector on true boxes 36.8 and 65.1. Fish,
         penguins and jellyfish are small where a compact SAM sees the whole picture at 256 pixels
-        (recall of the proposals at IoU 0.5: 19.7), and tags go with backgrounds. The paper has none.
+        (recall of the proposals at IoU 0.5: 19.7), and tags go with backgrounds. The paper has
+        none.
     """
     return ChainRecipe(
         proposals=_proposals(16, 12.0),
