@@ -95,13 +95,7 @@ def main(
 def only(prompted: PromptedBoxes, sources: Iterable[SourceName]) -> PromptedBoxes:
     """The boxes of the prompts of ``sources``."""
     wanted = [SOURCE_NAMES.index(source) for source in sources]
-    members = np.flatnonzero(np.isin(prompted.sources, wanted))
-    return PromptedBoxes(
-        boxes=prompted.boxes[members],
-        iou_predictions=prompted.iou_predictions[members],
-        stability=prompted.stability[members],
-        sources=prompted.sources[members],
-    )
+    return prompted.subset(np.isin(prompted.sources, wanted))
 
 
 def _write(

@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from weaksam_rt.prompt_clustering import ClusteringConfig
 from weaksam_rt.proposals import ProposalConfig
@@ -76,7 +76,9 @@ def _from_mapping(kind: type[_T], content: Mapping[str, Any], where: str) -> _T:
     values = {}
     for name, value in content.items():
         hint = hints[name]
-        if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, Mapping):
+        if isinstance(hint, type) and is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"setting {where}{name}: expected a table, got {value!r}")
             values[name] = _from_mapping(hint, value, f"{where}{name}.")
         else:
             values[name] = _checked(value, hint, where + name)
@@ -86,8 +88,13 @@ def _from_mapping(kind: type[_T], content: Mapping[str, Any], where: str) -> _T:
 def _checked(value: Any, hint: Any, where: str) -> Any:
     if hint is float and type(value) is int:
         return float(value)
-    if get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(value)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"setting {where}: expected a list, got {value!r}")
+        item = get_args(hint)[0]
+        return tuple(_checked(part, item, f"{where}[{i}]") for i, part in enumerate(value))
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        raise ValueError(f"setting {where}: expected one of {get_args(hint)}, got {value!r}")
     if hint in (int, float, bool) and type(value) is not hint:
         raise ValueError(f"setting {where}: expected {hint.__name__}, got {value!r}")
     return value

@@ -26,6 +26,7 @@ from weaksam_rt.contracts import (
     parameters_from_json,
     parameters_to_json,
 )
+from weaksam_rt.crops import Crop, image_crops
 from weaksam_rt.errors import ContractError
 from weaksam_rt.masks import (
     compress_runs,
@@ -223,8 +224,7 @@ class WeakSamPipeline:
         embedded, (used_ids, peaks) = await asyncio.gather(
             self._embed(image), self._peak_prompts(image, class_ids)
         )
-        prompts = self._used_prompts(image_size, peaks)
-        prompted = await self._prompted_boxes(embedded, prompts)
+        prompts, prompted = await self._boxes_of_image(image, embedded, peaks)
         return ProposalResult(
             proposals=select_proposals(prompted, image_size, self._config.proposals),
             used_tags=tuple(classifier.class_names[c] for c in used_ids),
@@ -253,8 +253,7 @@ class WeakSamPipeline:
             names = self._classifier().class_names
             class_ids = None if tags is None else _class_ids(tags, names)
             _, peaks = await self._peak_prompts(image, class_ids)
-        prompts = self._used_prompts((image.shape[0], image.shape[1]), peaks)
-        return prompts, await self._prompted_boxes(await self._embed(image), prompts)
+        return await self._boxes_of_image(image, await self._embed(image), peaks)
 
     async def segment(
         self,
@@ -368,6 +367,37 @@ class WeakSamPipeline:
                 )
             )
         return answers
+
+    async def _boxes_of_image(
+        self, image: NDArray[np.uint8], embedded: _Embedded, peaks: PointPrompts
+    ) -> tuple[PointPrompts, PromptedBoxes]:
+        """All prompts of an image and their boxes: in the whole of it, then in its crops."""
+        prompts = self._used_prompts(embedded.frame.image_size, peaks)
+        found = [(prompts, await self._prompted_boxes(embedded, prompts))]
+        for crop in self._crops(embedded.frame.image_size):  # one at a time, as decoder calls
+            found.append(await self._boxes_of_crop(image, crop))
+        return (
+            PointPrompts.concatenate([prompts for prompts, _ in found]),
+            PromptedBoxes.concatenate([boxes for _, boxes in found]),
+        )
+
+    def _crops(self, image_size: ImageSize) -> list[Crop]:
+        config = self._config.proposals
+        has_grid = "grid" in config.sources and config.points_per_side > 0
+        counts = config.crops_per_side if has_grid else ()
+        return [crop for per_side in counts for crop in image_crops(image_size, per_side)]
+
+    async def _boxes_of_crop(
+        self, image: NDArray[np.uint8], crop: Crop
+    ) -> tuple[PointPrompts, PromptedBoxes]:
+        points_per_side = max(1, self._config.proposals.points_per_side // 2)
+        prompts = grid_prompts(points_per_side, crop.size)
+        prompted = await self._prompted_boxes(await self._embed(crop.of(image)), prompts)
+        whole = prompted.subset(~crop.is_cut(prompted.boxes))
+        return (
+            replace(prompts, points=prompts.points + crop.offset),
+            replace(whole, boxes=crop.boxes_in_image(whole.boxes)),
+        )
 
     async def _prompted_boxes(self, embedded: _Embedded, prompts: PointPrompts) -> PromptedBoxes:
         """Boxes of all masks that count as proposals: by default three a grid point, two a peak."""
@@ -550,21 +580,13 @@ def _boxes_of_call(
     )
 
 
-def _in_prompt_order(parts: Sequence[tuple[NDArray[np.int64], PromptedBoxes]]) -> PromptedBoxes:
-    if not parts:
-        return PromptedBoxes(
-            boxes=np.zeros((0, 4), np.float32),
-            iou_predictions=np.zeros(0, np.float32),
-            stability=np.zeros(0, np.float32),
-            sources=np.zeros(0, np.int32),
-        )
-    order = np.argsort(np.concatenate([positions for positions, _ in parts]), kind="stable")
-    return PromptedBoxes(
-        boxes=np.concatenate([p.boxes for _, p in parts])[order],
-        iou_predictions=np.concatenate([p.iou_predictions for _, p in parts])[order],
-        stability=np.concatenate([p.stability for _, p in parts])[order],
-        sources=np.concatenate([p.sources for _, p in parts])[order],
-    )
+def _in_prompt_order(
+    parts: Sequence[tuple[NDArray[np.int64], PromptedBoxes]],
+) -> PromptedBoxes:
+    together = PromptedBoxes.concatenate([boxes for _, boxes in parts])
+    no_positions = np.zeros(0, np.int64)
+    positions = np.concatenate([no_positions, *(positions for positions, _ in parts)])
+    return together.subset(np.argsort(positions, kind="stable"))
 
 
 def _segment_prompts(

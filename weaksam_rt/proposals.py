@@ -1,5 +1,6 @@
 """SAM's answers to proposals: which masks count, which boxes go."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -32,6 +33,11 @@ class ProposalConfig:
     cross-attention maps. At least one."""
     points_per_side: int = 32
     """Grid points along each side; 0: no grid."""
+    crops_per_side: tuple[int, ...] = ()
+    """So many by so many overlapping crops of the image get a grid too, each number at least 2;
+    (2, 3): 4 and 9 crops. SAM sees small objects larger there. A crop costs one more pass of the
+    encoder, and a quarter of the whole image's grid points: half as many along each side. Empty,
+    as published: the whole image only."""
     grid_masks: tuple[int, ...] = (0, 1, 2)
     """Which of SAM's three masks of a grid point count, smallest part first."""
     peak_masks: tuple[int, ...] = (1, 2)
@@ -62,12 +68,14 @@ class ProposalConfig:
             masks = getattr(self, name)
             if not masks or sorted(set(masks)) != list(masks) or not set(masks) <= {0, 1, 2}:
                 raise ValueError(f"{name} must be some of 0, 1, 2, ascending, got {masks}")
-        if self.min_side_px < 0:
-            raise ValueError(f"min_side_px must not be negative, got {self.min_side_px}")
-        if self.points_per_side < 0:
-            raise ValueError(f"points_per_side must not be negative, got {self.points_per_side}")
-        if self.max_prompts_per_call < 1:
-            raise ValueError(f"max_prompts_per_call must be positive: {self.max_prompts_per_call}")
+        lowest = {"min_side_px": 0, "points_per_side": 0, "max_prompts_per_call": 1}
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if sorted({1, *self.crops_per_side}) != [1, *self.crops_per_side]:
+            raise ValueError(
+                f"crops_per_side must be numbers from 2, ascending, got {self.crops_per_side}"
+            )
         for name in (
             "grid_iou_thresh",
             "grid_stability_thresh",
@@ -90,6 +98,27 @@ class PromptedBoxes:
     """[n]."""
     sources: NDArray[np.int32]
     """[n], values of ``PromptSource``."""
+
+    def subset(self, positions: NDArray[np.int64] | NDArray[np.bool_]) -> "PromptedBoxes":
+        """The boxes at ``positions``, in that order."""
+        return PromptedBoxes(
+            boxes=self.boxes[positions],
+            iou_predictions=self.iou_predictions[positions],
+            stability=self.stability[positions],
+            sources=self.sources[positions],
+        )
+
+    @staticmethod
+    def concatenate(parts: "Sequence[PromptedBoxes]") -> "PromptedBoxes":
+        """All boxes of ``parts`` in their order; none gives no boxes."""
+        return PromptedBoxes(
+            boxes=np.concatenate([np.zeros((0, 4), np.float32), *(p.boxes for p in parts)]),
+            iou_predictions=np.concatenate(
+                [np.zeros(0, np.float32), *(p.iou_predictions for p in parts)]
+            ),
+            stability=np.concatenate([np.zeros(0, np.float32), *(p.stability for p in parts)]),
+            sources=np.concatenate([np.zeros(0, np.int32), *(p.sources for p in parts)]),
+        )
 
 
 def passes_scores(

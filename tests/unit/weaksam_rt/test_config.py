@@ -20,6 +20,12 @@ def test_settings_survive_json_and_toml(tmp_path):
         ("flip = 1", "setting flip: expected bool, got 1"),
         ("[detection]\nscore_thresh = 2.0", r"score_thresh must be in \[0, 1\]"),
         ("flip =", "not valid TOML"),
+        ("detection = 3", "setting detection: expected a table, got 3"),
+        ("[proposals]\ncrops_per_side = 2", r"proposals\.crops_per_side: expected a list, got 2"),
+        ("[proposals]\ncrops_per_side = [2.5]", r"crops_per_side\[0\]: expected int, got 2\.5"),
+        ("[proposals]\ncrops_per_side = [1]", "must be numbers from 2"),
+        ("[proposals]\nsources = [['grid']]", r"sources\[0\]: expected one of"),
+        ("[proposals]\nsources = ['girds']", r"expected one of \('grid', .*got 'girds'"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(tmp_path, text, message):

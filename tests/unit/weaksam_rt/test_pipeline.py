@@ -338,6 +338,49 @@ def test_class_prompts_can_be_left_out():
     assert counts == [2, 0], "two masks of all points of the class together"
 
 
+def _boxes_of_grid(**settings):
+    return _proposals_with(
+        sources=("grid",), grid_iou_thresh=0.0, grid_stability_thresh=0.0, **settings
+    )
+
+
+def test_a_grid_in_crops_adds_boxes_of_half_the_size():
+    """The decoder's squares have fixed sides in its frame: in a crop they are smaller things."""
+    alone, boxes_alone, _ = _boxes_of_grid(points_per_side=4)
+    prompts, prompted, result = _boxes_of_grid(points_per_side=4, crops_per_side=(2,))
+    np.testing.assert_array_equal(prompts.points[:16], alone.points)
+    np.testing.assert_array_equal(prompted.boxes[: len(boxes_alone.boxes)], boxes_alone.boxes)
+    assert len(prompts) == 16 + 4 * 4, "half as many points along a crop's side"
+    of_crops = prompted.boxes[len(boxes_alone.boxes) :]
+    # A crop is 74 of 128 pixels wide, so a pixel of the frame is 74 / 64 instead of 2 pixels.
+    widths = np.unique(np.round(of_crops[:, 2] - of_crops[:, 0]))
+    assert {round(74 / 64 * side) for side in (8, 16)} <= set(widths.tolist())
+    assert (of_crops >= 0).all()
+    assert (of_crops <= [128, 64, 128, 64]).all()
+    assert len(result.prompts) == len(prompts)
+    assert result.proposals.boxes[:, 0].max() > 80, "boxes are in the image's frame"
+
+
+@pytest.mark.parametrize(("mask", "added"), [(0, 4), (2, 0)])
+def test_what_a_crop_cuts_is_no_proposal(mask, added):
+    """In a crop of 74 x 37 pixels the squares have sides of about 9 and 37: all of its height."""
+    _, alone, _ = _boxes_of_grid(grid_masks=(mask,))
+    _, prompted, _ = _boxes_of_grid(grid_masks=(mask,), crops_per_side=(2,))
+    assert len(prompted.boxes) - len(alone.boxes) == added
+
+
+def test_without_a_grid_there_is_none_in_crops():
+    prompts, prompted, _ = _boxes_of_grid(points_per_side=0, crops_per_side=(2,))
+    assert len(prompts) == len(prompted.boxes) == 0
+
+
+def test_crops_are_of_the_grid_and_of_nothing_else():
+    alone, expected, _ = _proposals_with(sources=("coarse", "cross"))
+    prompts, prompted, _ = _proposals_with(sources=("coarse", "cross"), crops_per_side=(2, 3))
+    np.testing.assert_array_equal(prompts.points, alone.points)
+    np.testing.assert_array_equal(prompted.boxes, expected.boxes)
+
+
 def test_peaks_from_elsewhere_can_be_prompted():
     own, expected, _ = _proposals_with()
     peaks = own.subset(np.flatnonzero(own.sources != PromptSource.GRID))
@@ -353,7 +396,9 @@ def test_peaks_from_elsewhere_can_be_prompted():
         ({"peak_masks": ()}, "peak_masks must be some of 0, 1, 2"),
         ({"grid_masks": (2, 1)}, "ascending"),
         ({"grid_masks": (3,)}, "grid_masks must be some of 0, 1, 2"),
-        ({"min_side_px": -1.0}, "min_side_px must not be negative"),
+        ({"min_side_px": -1.0}, "min_side_px must be at least 0"),
+        ({"crops_per_side": (1, 2)}, "crops_per_side must be numbers from 2"),
+        ({"crops_per_side": (3, 2)}, "ascending"),
     ],
 )
 def test_impossible_settings_of_proposals_are_refused(wrong, message):
