@@ -108,10 +108,10 @@ def aquarium() -> ChainRecipe:
         2 CPU cores, shared with other work: 55 minutes, of which 17 are the detector on true
         boxes; 14 for the proposals.
     Expected score:
-        Ours, one seed and without crops: AP50 8.0, CorLoc 21.2; the same detector on true boxes 36.8 and 65.1. Fish,
-        penguins and jellyfish are small where a compact SAM sees the whole picture at 256 pixels
-        (recall of the proposals at IoU 0.5: 19.7), and tags go with backgrounds. The paper has
-        none.
+        Ours, one seed and without crops: AP50 8.0, CorLoc 21.2; the same detector on true boxes
+        36.8 and 65.1. Fish, penguins and jellyfish are small where a compact SAM sees the whole
+        picture at 256 pixels (recall of the proposals at IoU 0.5: 19.7), and tags go with
+        backgrounds. The paper has none.
     """
     return ChainRecipe(
         proposals=_proposals(16, 12.0, crops_per_side=(2, 3)),
