@@ -9,18 +9,34 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
+from numpy.typing import NDArray
 from rich.progress import track
 
-from training.data.voc import VOC_CLASSES, VocAnnotation, read_voc_annotation, read_voc_split
+from training.data.voc import (
+    VOC_CLASSES,
+    VocAnnotation,
+    read_voc_annotation,
+    read_voc_masks,
+    read_voc_split,
+)
 from training.merge_data import link_image
 from weaksam_rt.boxes import box_xywh_from_xyxy
 from weaksam_rt.files import write_json
+from weaksam_rt.masks import encode_rle
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def convert_voc(devkit: Path, output: Path, *, year: int = 2007, split: str = "trainval") -> None:
+def convert_voc(
+    devkit: Path,
+    output: Path,
+    *,
+    year: int = 2007,
+    split: str = "trainval",
+    masks: bool = False,
+) -> None:
     """Convert a split of ``VOCdevkit``.
 
     Difficult objects become crowd boxes: they give an image no tag, need not be found, and are not
@@ -30,16 +46,21 @@ def convert_voc(devkit: Path, output: Path, *, year: int = 2007, split: str = "t
         devkit: The folder ``VOCdevkit`` with ``VOC<year>/{Annotations,ImageSets,JPEGImages}``.
         output: New folder.
         year: Of the challenge.
-        split: A list in ``ImageSets/Main``, for example trainval or test.
+        split: A list in ``ImageSets/Main``, for example trainval or test; with ``masks`` in
+            ``ImageSets/Segmentation``, where the published mask AP of VOC 2012 is of ``val``.
+        masks: Give the objects their masks of ``SegmentationObject``; objects without any are left
+            out.
 
     Raises:
         ValueError: A file of the split is missing or damaged, or an object has an unknown class.
     """
     root = devkit / f"VOC{year}"
+    kind = "Segmentation" if masks else "Main"
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
+    num_unmasked = 0
     for name in track(
-        read_voc_split(root / "ImageSets" / "Main" / f"{split}.txt"),
+        read_voc_split(root / "ImageSets" / kind / f"{split}.txt"),
         description="images",
         transient=True,
     ):
@@ -52,12 +73,19 @@ def convert_voc(devkit: Path, output: Path, *, year: int = 2007, split: str = "t
         images.append(
             {"id": image_id, "file_name": found.file_name, "height": height, "width": width}
         )
-        for annotation in _voc_objects(found, name):
+        objects = _voc_objects(found, name)
+        if masks:
+            path = root / "SegmentationObject" / f"{name}.png"
+            objects = _with_masks(objects, read_voc_masks(path, found.image_size, len(objects)))
+            num_unmasked += len(found.boxes) - len(objects)
+        for annotation in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **annotation})
         link_image(source, output / "images" / found.file_name)
     categories = [{"id": i, "name": name} for i, name in enumerate(VOC_CLASSES, start=1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     write_json(output / "instances.json", content)
+    if num_unmasked:
+        _LOGGER.warning("left out %d objects without a mask", num_unmasked)
     _LOGGER.info("%d images, %d objects in %s", len(images), len(annotations), output)
 
 
@@ -115,6 +143,20 @@ def _voc_objects(found: VocAnnotation, name: str) -> list[dict[str, Any]]:
         for class_name, box_xywh, is_difficult in zip(
             found.names, boxes_xywh, found.is_difficult.tolist(), strict=True
         )
+    ]
+
+
+def _with_masks(objects: list[dict[str, Any]], masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """Those that have a mask, with it."""
+    size = list(masks.shape[1:])
+    return [
+        {
+            **entry,
+            "segmentation": {"size": size, "counts": counts.decode("ascii")},
+            "area": int(mask.sum()),
+        }
+        for entry, mask, counts in zip(objects, masks, encode_rle(masks), strict=True)
+        if mask.any()
     ]
 
 

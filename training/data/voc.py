@@ -6,6 +6,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+from weaksam_rt.types import ImageSize
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -15,12 +18,15 @@ VOC_CLASSES = (
 """In VOC's own, alphabetical order."""
 
 
+_BORDER = 255
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VocAnnotation:
     """The objects of one image."""
 
     file_name: str
-    image_size: tuple[int, int]
+    image_size: ImageSize
     """(height, width) in pixels."""
     boxes: NDArray[np.float32]
     """[n, 4], XYXY, pixels; VOC counts pixels from 1 and includes the last one."""
@@ -55,6 +61,39 @@ def read_voc_annotation(path: Path) -> VocAnnotation:
         )
     except (OSError, ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"{path} is no VOC annotation: {error}") from error
+
+
+def read_voc_masks(path: Path, image_size: ImageSize, num_objects: int) -> NDArray[np.bool_]:
+    """Read one file of ``SegmentationObject/``: the k-th object of the annotation has the value k,
+    0 is background and 255 a border that belongs to none.
+
+    Args:
+        path: PNG with a palette.
+        image_size: (height, width) that it must have.
+        num_objects: Of the annotation.
+
+    Returns:
+        [n, h, w]; an object without pixels has none here.
+
+    Raises:
+        ValueError: The file is missing, damaged, of another size, or has more objects.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode != "P" or (image.height, image.width) != image_size:
+                raise ValueError(
+                    f"mode {image.mode} of {image.height}x{image.width} pixels, expected mode P of "
+                    f"{image_size[0]}x{image_size[1]}"
+                )
+            numbers = np.array(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no VOC segmentation: {error}") from error
+    there = numbers[numbers != _BORDER]
+    if there.max(initial=0) > num_objects:
+        raise ValueError(
+            f"{path} has an object {there.max()}, its annotation has {num_objects} objects"
+        )
+    return np.equal(numbers, np.arange(1, num_objects + 1)[:, None, None])
 
 
 def read_voc_split(path: Path) -> tuple[str, ...]:

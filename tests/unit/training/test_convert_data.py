@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.unit.training.tiny_recipe import tiny_recipe
 from training.convert_data import convert_coco, convert_voc
 from training.data.coco import load_coco_folder
-from training.data.voc import VOC_CLASSES, read_voc_annotation
+from training.data.voc import VOC_CLASSES, read_voc_annotation, read_voc_masks
 from training.generate_scenes import GenerateScenesConfig, generate_scenes
 from training.models.sam import build_sam, compact, save_sam
 from training.recipes import RECIPES
@@ -76,6 +77,24 @@ def _voc_tree(scenes, root, year, names):
     return tree.parent
 
 
+def _add_voc_masks(tree, names, records):
+    """``SegmentationObject`` of the test split: each object's number, a border around the first."""
+    (tree / "SegmentationObject").mkdir()
+    (tree / "ImageSets" / "Segmentation").mkdir()
+    listed = []
+    for index, record in enumerate(records):
+        name = names.format(_NUM_TRAIN + 1 + index)
+        numbers = np.zeros(record.image_size, np.uint8)
+        for number, mask in enumerate(record.masks(), start=1):
+            numbers[mask] = number
+        numbers[0, 0] = 255
+        image = Image.fromarray(numbers, "P")
+        image.putpalette(list(range(256)) * 3)
+        image.save(tree / "SegmentationObject" / f"{name}.png")
+        listed.append(name)
+    (tree / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(listed))
+
+
 def _coco_tree(scenes, root, year):
     """Scenes as ``annotations/instances_{train,val}<year>.json`` with ids that leave gaps."""
     for split in ("train", "val"):
@@ -116,6 +135,61 @@ def test_a_converted_voc_tree_has_the_objects_of_the_original(scenes, tmp_path, 
         np.testing.assert_array_equal(record.image(), original.image())
     first = names.format(_NUM_TRAIN + 1)
     assert folder.records[0].image_id == int(first.replace("_", ""))
+
+
+def test_objects_of_a_voc_tree_get_their_masks(scenes, tmp_path):
+    names, originals = "2008_{:06d}", load_coco_folder(scenes / "val").records
+    devkit = _voc_tree(scenes, tmp_path, 2012, names)
+    _add_voc_masks(devkit / "VOC2012", names, originals)
+    convert_voc(devkit, tmp_path / "out", year=2012, split="val", masks=True)
+    for record, original in zip(load_coco_folder(tmp_path / "out").records, originals, strict=True):
+        assert record.has_masks
+        later_on_top = original.masks()
+        for index in range(len(later_on_top)):
+            later_on_top[index] &= ~later_on_top[index + 1 :].any(axis=0)
+        later_on_top[:, 0, 0] = False
+        np.testing.assert_array_equal(record.masks(), later_on_top[later_on_top.any(axis=(1, 2))])
+
+
+def test_an_object_without_a_mask_is_left_out_where_masks_are_asked_for(scenes, tmp_path, caplog):
+    names, originals = "2008_{:06d}", load_coco_folder(scenes / "val").records
+    devkit = _voc_tree(scenes, tmp_path, 2012, names)
+    _add_voc_masks(devkit / "VOC2012", names, originals)
+    first = names.format(_NUM_TRAIN + 1)
+    path = devkit / "VOC2012" / "SegmentationObject" / f"{first}.png"
+    with Image.open(path) as image:
+        numbers = np.array(image)
+    numbers[numbers == 1] = 0
+    image = Image.fromarray(numbers, "P")
+    image.putpalette(list(range(256)) * 3)
+    image.save(path)
+    with caplog.at_level("WARNING"):
+        convert_voc(devkit, tmp_path / "out", year=2012, split="val", masks=True)
+    record = load_coco_folder(tmp_path / "out").records[0]
+    np.testing.assert_array_equal(record.boxes, originals[0].boxes.round()[1:])
+    assert "left out 1 objects without a mask" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode", "message"),
+    [
+        (np.full((5, 4), 3, np.uint8), "P", r"has an object 3, its annotation has 2"),
+        (np.zeros((4, 4), np.uint8), "P", r"4x4 pixels, expected mode P of 5x4"),
+        (np.zeros((5, 4), np.uint8), "L", r"mode L of 5x4"),
+        (None, None, "is no VOC segmentation"),
+    ],
+)
+def test_masks_that_are_not_of_the_annotation_are_refused(tmp_path, pixels, mode, message):
+    path = tmp_path / "mask.png"
+    if pixels is None:
+        path.write_bytes(b"no picture")
+    else:
+        image = Image.fromarray(pixels, mode)
+        if mode == "P":
+            image.putpalette(list(range(256)) * 3)
+        image.save(path)
+    with pytest.raises(ValueError, match=message):
+        read_voc_masks(path, (5, 4), 2)
 
 
 def test_difficult_objects_give_no_tag_and_need_not_be_found(tmp_path, scenes):
