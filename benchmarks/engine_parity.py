@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from export.agreement import Agreement, agreement, prompt_agreement, worst
+from export.agreement import Agreement, agreement, on_average, prompt_agreement
 from export.doctor_command import finite_json
 from export.engines.base import EngineBuildError, EngineConfig, EnginePrecision
 from export.engines.build import build_engine, exported_onnx
@@ -244,7 +244,7 @@ def _parity_rows(prepared: _Prepared, folder: CocoFolder, progress: Progress) ->
                 model=model,
                 engine=engine,
                 precision=precision,
-                agreement=worst([agreement(model, e, g) for e, g in pairs]),
+                agreement=on_average([agreement(model, e, g) for e, g in pairs]),
                 overlap=_overlap(model, pairs),
                 metric=metric,
                 change={name: value - usual[name] for name, value in metric.items()},

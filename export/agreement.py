@@ -1,7 +1,7 @@
 """How far two answers of a model lie apart, in numbers that mean the same for every precision."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,15 @@ _DETECTIONS = 10
 """Best candidates of an image that are looked for in the other answer."""
 _CELL_PX = 16
 """Pixels of a map's cell where prompts are compared."""
+_MASKS = "mask_logits"
 Answer = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """One answer beside the one it should be; over several inputs the worst."""
+    """One answer beside the one it should be; for several inputs see ``worst`` and
+    ``on_average``.
+    """
 
     finite: bool
     """All values are finite."""
@@ -33,8 +36,9 @@ class Agreement:
     """Smallest cosine of an output with what it should be, in [-1, 1]; -1 where not finite."""
     distance: float
     """What is judged. Detector: 1 - mean IoU of the best candidates with their partners of the
-    same label, times how well the scores agree. Others: norm of the difference over the norm, the
-    worst output. inf where not finite.
+    same label, times how well the scores agree and, where it has masks, times the IoU of the
+    partners' masks. Others: norm of the difference over the norm, the worst output. inf where not
+    finite.
     """
 
 
@@ -57,13 +61,20 @@ def agreement(model: str, expected: Answer, got: Answer) -> Agreement:
 
 
 def worst(parts: Sequence[Agreement]) -> Agreement:
-    """Over several inputs; the distance is their mean."""
+    """Each figure of several inputs at its worst: one broken batch size is not hidden by others."""
     return Agreement(
         finite=all(part.finite for part in parts),
         max_error=max(part.max_error for part in parts),
         cosine=min(part.cosine for part in parts),
-        distance=float(np.mean([part.distance for part in parts])),
+        distance=max(part.distance for part in parts),
     )
+
+
+def on_average(parts: Sequence[Agreement]) -> Agreement:
+    """Several inputs of one kind, such as photographs: their mean distance, the rest at its
+    worst.
+    """
+    return replace(worst(parts), distance=float(np.mean([part.distance for part in parts])))
 
 
 def prompt_agreement(expected: Answer, got: Answer, config: PipelineConfig | None = None) -> float:
@@ -130,8 +141,19 @@ def _matched_quality(expected: Answer, got: Answer) -> float:
         overlap = np.where(labels[:, None] == got["labels"][image][None], overlap, 0.0)
         partner = overlap.argmax(axis=1)
         change = np.abs(got["scores"][image][partner] - scores)
-        qualities.append(overlap[np.arange(len(best)), partner] * (1 - change))
+        quality = overlap[np.arange(len(best)), partner] * (1 - change)
+        if _MASKS in expected:
+            quality *= _mask_iou(expected[_MASKS][image][best], got[_MASKS][image][partner])
+        qualities.append(quality)
     return float(np.mean(qualities))
+
+
+def _mask_iou(expected: NDArray[Any], got: NDArray[Any]) -> NDArray[np.float64]:
+    """IoU of each mask with its partner, [n], from logits [n, m, m]; 1 where both are empty."""
+    a, b = expected > 0, got > 0
+    common = (a & b).sum(axis=(1, 2))
+    either = (a | b).sum(axis=(1, 2))
+    return np.divide(common, either, out=np.ones(len(a)), where=either > 0)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -25,7 +25,7 @@ ENGINE_LIMITS: Mapping[EnginePrecision, float] = {
     "int8": 0.5,
     "fp8": 0.5,
 }
-"""Distance (``Agreement``) up to which an engine is accepted. A GPU rounds the factors of float32
+"""Distance (``Agreement``) of any one example up to which an engine is accepted. A GPU rounds the factors of float32
 products to 10 bits (TF32). Quantised engines are judged by their task metric; this limit finds
 broken ones."""
 
@@ -36,7 +36,7 @@ def compare_with_source(
     precision: EnginePrecision,
     profiles: Sequence[Profile] = (),
 ) -> Agreement:
-    """How far the engine's answers are from ONNX Runtime's in float32.
+    """How far the engine's answers are from ONNX Runtime's in float32, on its worst example.
 
     Args:
         built: The engine.
@@ -46,24 +46,23 @@ def compare_with_source(
 
     Raises:
         BackendUnavailableError: This machine cannot run the engine.
-        ParityError: The answers are not finite, or too far away.
+        ParityError: The answers to an example are not finite, or too far away.
     """
     engine, reference = _opened(built), OnnxRuntimeModel(source)
-    found = worst(
-        [
-            agreement(built.model, reference(arrays), engine(arrays, None))
-            for arrays in _inputs(built, profiles)
-        ]
-    )
     limit = ENGINE_LIMITS[precision]
-    if not (found.finite and found.distance <= limit):
-        values = f"distance {found.distance:.3g}" if found.finite else "values that are not finite"
-        raise ParityError(
-            f"{built.model} for {built.engine} in {precision}: {values} beside ONNX Runtime in "
-            f"float32, up to {limit:g} is accepted; find the layers that break with `python -m "
-            "export doctor` and keep them with --keep-fp32"
-        )
-    return found
+    found = []
+    for arrays in _inputs(built, profiles):
+        one = agreement(built.model, reference(arrays), engine(arrays, None))
+        if not (one.finite and one.distance <= limit):
+            values = f"distance {one.distance:.3g}" if one.finite else "values that are not finite"
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+            raise ParityError(
+                f"{built.model} for {built.engine} in {precision}: {values} beside ONNX Runtime in "
+                f"float32 for {shapes}, up to {limit:g} is accepted; find the layers that break "
+                "with `python -m export doctor` and keep them with --keep-fp32"
+            )
+        found.append(one)
+    return worst(found)
 
 
 def parity_of(found: Agreement) -> dict[str, dict[str, float]]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.agreement import agreement, prompt_agreement, worst
+from export.agreement import agreement, on_average, prompt_agreement, worst
 from export.task_metrics import (
     classifier_tag_ap,
     detector_ap50,
@@ -87,6 +87,25 @@ def test_a_box_without_area_agrees_with_itself():
     assert agreement(DETECTOR, empty, empty).distance == pytest.approx(0, abs=1e-6)
 
 
+def _with_masks(detections, order=(0, 1, 2)):
+    """Each candidate has a mask of its own: one, two and no rows of four."""
+    logits = np.full((3, 4, 4), -1, np.float32)
+    logits[0, :1], logits[1, :2] = 1, 1
+    return {**detections, "mask_logits": logits[list(order)][None]}
+
+
+def test_masks_are_compared_with_those_of_the_partners():
+    expected = _with_masks(_detections())
+    swapped = _with_masks(_detections((0, 2, 1)), (0, 2, 1))
+    assert agreement(DETECTOR, expected, swapped).distance == pytest.approx(0, abs=1e-6)
+    rounded = {**expected, "mask_logits": expected["mask_logits"] * 0.9}
+    assert agreement(DETECTOR, expected, rounded).distance == pytest.approx(0, abs=1e-6)
+    inverted = {**expected, "mask_logits": -expected["mask_logits"]}
+    assert agreement(DETECTOR, expected, inverted).distance == pytest.approx(1)
+    displaced = _with_masks(_detections(), (1, 1, 2))  # a mask of two rows for one
+    assert agreement(DETECTOR, expected, displaced).distance == pytest.approx(1 / 6, abs=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_never_agrees(bad):
     found = agreement("sam", {"y": np.ones(3, np.float32)}, {"y": np.array([1, bad, 1])})
@@ -99,6 +118,8 @@ def test_equal_answers_are_at_no_distance_and_zeros_at_the_whole():
     assert (same.distance, same.cosine, same.max_error) == (0.0, pytest.approx(1.0), 0.0)
     assert (zero.distance, zero.cosine) == (1.0, 0.0)
     both = worst([same, zero])
+    assert (both.distance, both.cosine, both.max_error) == (1.0, 0.0, 1.0)
+    both = on_average([same, zero])
     assert (both.distance, both.cosine, both.max_error) == (0.5, 0.0, 1.0)
 
 

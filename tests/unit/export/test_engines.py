@@ -20,12 +20,13 @@ from export.engines.build import (
     builder_for,
     was_built,
 )
+from export.engines.compare import compare_with_source
 from export.engines.profiles import Profile, ShapeRange, default_profiles
 from export.exportable import example_inputs
 from export.mixed_precision import KeepFp32, node_names
 from export.portable_graph import portable_model
 from export.verify import FP32, ParityError, parity
-from tests.unit.export.toy_models import TOY_DETECTOR, ToyDetector
+from tests.unit.export.toy_models import TOY_DETECTOR, ToyDetector, export_toy_detector
 from weaksam_rt.artifacts import load_artifact
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 from weaksam_rt.contracts import (
@@ -188,6 +189,39 @@ def test_an_engine_that_answers_otherwise_is_refused_and_never_loaded(toy, tmp_p
         build_engine(toy, tmp_path, engine="onnxruntime", config=EngineConfig(), graph=wrong)
     with pytest.raises(ArtifactError):
         load_artifact(tmp_path)
+
+
+def test_an_engine_with_wrong_masks_is_refused_though_its_boxes_are_right(tmp_path):
+    source = export_toy_detector(tmp_path / "toy", masks=True)
+    config = EngineConfig(precision="fp16")
+    built = build_engine(source, tmp_path / "right", engine="onnxruntime", config=config)
+    assert built.passport.worst_parity < 2e-3
+    wrong = onnx.load(source.path)
+    mask = next(t for t in wrong.graph.initializer if t.name == "mask")
+    mask.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(mask), mask.name))
+    with pytest.raises(ParityError, match=r"distance 0\.\d+ beside .* for image \[2, 16, 16, 3\]"):
+        build_engine(
+            source, tmp_path / "wrong", engine="onnxruntime", config=config, graph=wrong
+        )  # fmt: skip
+    assert not (tmp_path / "wrong" / "manifest.json").exists()
+
+
+def test_one_broken_batch_size_is_not_hidden_by_the_others(toy, monkeypatch):
+    """Distances of 0, 0 and 1: their mean is within the limit of int8."""
+
+    class Broken:
+        def __init__(self, artifact):
+            self._model = OnnxRuntimeModel(artifact)
+
+        def __call__(self, arrays, outputs):
+            answer = self._model(arrays, outputs)
+            moved = 1000.0 if len(arrays["image"]) == 3 else 0.0
+            return {**answer, "boxes": answer["boxes"] + np.float32(moved)}
+
+    monkeypatch.setattr("export.engines.compare.open_engine", Broken)
+    named = dataclasses.replace(toy.passport, exporter={"name": "onnxruntime"})
+    with pytest.raises(ParityError, match=r"distance 1 .* for image \[3, 16, 16, 3\], up to 0\.5"):
+        compare_with_source(dataclasses.replace(toy, passport=named), toy, "int8")
 
 
 def test_how_an_engine_was_built_can_be_read_from_its_passport(toy, tmp_path):
