@@ -1,17 +1,14 @@
 """The last step of every way to an engine: compare it with PyTorch, then give it a passport."""
 
 import dataclasses
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from export.exportable import Exportable
+from export.machine import machine_versions
 from export.verify import parity
-from training.engine.stage import git_commit, package_versions
+from training.engine.stage import git_commit
 from weaksam_rt.artifacts import MANIFEST_NAME, ModelArtifact, write_manifest
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 
@@ -57,23 +54,3 @@ def accept_onnx(path: Path, exportable: Exportable, provenance: Mapping[str, Any
         (path.parent / MANIFEST_NAME).unlink()
         raise
     return manifest(figures)
-
-
-def machine_versions() -> dict[str, str]:
-    """Packages that decide results and, where a GPU is at hand, CUDA, driver and its capability."""
-    versions = package_versions()
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        versions |= {"cuda": str(torch.version.cuda), "compute_capability": f"{major}.{minor}"}
-        if driver := _driver_version():
-            versions["driver"] = driver
-    return versions
-
-
-def _driver_version() -> str | None:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    return run.stdout.split("\n")[0].strip() or None if run.returncode == 0 else None

@@ -1,5 +1,7 @@
 """Q/DQ graphs calibrated on a folder's images."""
 
+from dataclasses import dataclass
+
 import onnx
 
 from export.mixed_precision import KeepFp32
@@ -13,6 +15,16 @@ CALIBRATION_IMAGES = 64
 """Most of a folder's images that ranges are taken from."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibratedGraph:
+    """A Q/DQ graph, and what its ranges were taken from."""
+
+    graph: onnx.ModelProto
+    data: str
+    """Name of the folder of images."""
+    num_images: int
+
+
 def calibrated(
     source: ModelArtifact,
     precision: QuantizedPrecision,
@@ -20,7 +32,7 @@ def calibrated(
     folder: CocoFolder | None,
     *,
     max_images: int = CALIBRATION_IMAGES,
-) -> onnx.ModelProto:
+) -> CalibratedGraph:
     """The Q/DQ graph of an exported model that reads images.
 
     Args:
@@ -40,4 +52,8 @@ def calibrated(
         )
     records = spread(folder, max_images).records
     inputs = [image_inputs(source.model, source.parameters, record) for record in records]
-    return quantized(onnx.load(source.path), inputs, precision, keep)
+    return CalibratedGraph(
+        graph=quantized(onnx.load(source.path), inputs, precision, keep),
+        data=folder.root.name,
+        num_images=len(inputs),
+    )

@@ -7,7 +7,7 @@ from typing import Annotated
 import onnx
 import tyro
 
-from export.calibration import CALIBRATION_IMAGES, calibrated
+from export.calibration import CALIBRATION_IMAGES, CalibratedGraph, calibrated
 from export.doctor_command import kept_by_report, print_diagnosis, write_report
 from export.engines.base import EngineConfig, EnginePrecision
 from export.engines.build import build_engine, exported_onnx
@@ -141,7 +141,7 @@ def _kept(reports: Path | None, model: str, precision: EnginePrecision) -> KeepF
 
 def _graph(
     source: ModelArtifact, config: EngineConfig, calibration: Path | None, max_images: int
-) -> onnx.ModelProto | None:
+) -> CalibratedGraph | None:
     """The Q/DQ graph that ``config`` needs, if any."""
     precision = config.precision
     if precision != "int8" and precision != "fp8":

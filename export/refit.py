@@ -31,7 +31,7 @@ _NAMED = 3
 
 
 class RefitError(WeakSamError):
-    """The weights do not fit the engine; export it again instead."""
+    """The engine cannot take the weights, or did not; export or build it again instead."""
 
 
 def tensorrt_refit_refusal(version: str) -> str | None:

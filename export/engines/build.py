@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import onnx
 from torch import nn
 
-from export.calibration import calibrated
+from export.calibration import CalibratedGraph, calibrated
 from export.engines.aot_inductor import AotInductorBuilder
 from export.engines.base import (
     BuiltEngine,
@@ -22,6 +22,7 @@ from export.engines.base import (
 )
 from export.engines.compare import (
     ENGINE_LIMITS,
+    check_refit,
     check_runs_here,
     compare_with_source,
     parity_of,
@@ -29,10 +30,11 @@ from export.engines.compare import (
 from export.engines.onnx_runtime import OnnxRuntimeBuilder
 from export.engines.profiles import Profile
 from export.engines.tensorrt import TensorRtBuilder
+from export.machine import machine_versions
 from export.mixed_precision import KeepFp32
 from export.refit import RefitError
 from training.data.coco import CocoFolder
-from training.engine.stage import git_commit, package_versions
+from training.engine.stage import git_commit
 from weaksam_rt.artifacts import (
     MANIFEST_NAME,
     ModelArtifact,
@@ -69,7 +71,7 @@ def build_engine(
     engine: str,
     config: EngineConfig,
     module: nn.Module | None = None,
-    graph: onnx.ModelProto | None = None,
+    graph: onnx.ModelProto | CalibratedGraph | None = None,
 ) -> ModelArtifact:
     """Build one engine from a verified ONNX model, compare both, and write its manifest.
 
@@ -81,7 +83,7 @@ def build_engine(
         engine: A name in ``BUILDERS``.
         config: Precision, profiles, targets.
         module: The model in PyTorch, for ``aot-inductor``.
-        graph: The Q/DQ graph of ``source`` for ``int8`` and ``fp8``; None: the model's own.
+        graph: Of ``calibrated`` for ``int8`` and ``fp8``; None: the model's own.
 
     Raises:
         BackendUnavailableError: This machine cannot build it.
@@ -97,11 +99,11 @@ def build_engine(
         raise ValueError(f"{directory} holds the model that the engine is built from")
     builder = builder_for(engine)
     builder.check(config)
-    if graph is None:
-        graph = onnx.load(source.path)
     path = directory / builder.file_name
-    built = builder.build(EngineSource(artifact=source, graph=graph, module=module), config, path)
-    return _accepted(path, source, engine, built, config)
+    origin = EngineSource(artifact=source, graph=_onnx_graph(graph, source), module=module)
+    built = builder.build(origin, config, path)
+    passport = _passport(source, engine, built, config, _calibration(graph))
+    return _accepted(path, source, passport, built)
 
 
 def build_engine_like(
@@ -122,7 +124,7 @@ def build_engine_like(
         refit: Exchange the weights of ``live`` (TensorRT) and build nothing.
 
     Raises:
-        RefitError: ``live`` is no engine whose weights can be exchanged.
+        RefitError: ``live`` is no engine whose weights can be exchanged, or it kept its own.
     """
     engine, config = live.passport.exporter["name"], build_config(live)
     graph = None
@@ -136,15 +138,19 @@ def build_engine_like(
             f"the live {live.model} was built without --refittable for {engine}; build it anew"
         )
     path = directory / builder.file_name
-    origin = EngineSource(artifact=source, graph=graph or onnx.load(source.path))
+    origin = EngineSource(artifact=source, graph=_onnx_graph(graph, source))
+    seconds = builder.refit(live.path, origin, config, path)
     built = BuiltEngine(
         precision=config.precision,
         compute_capabilities=config.compute_capabilities,
         profiles=config.profiles,
         versions={engine: live.passport.versions[engine]},
-        build_s=builder.refit(live.path, origin, config, path),
+        build_s=live.passport.exporter["seconds"],
     )
-    return _accepted(path, source, engine, built, config)
+    refitted = {"refit": {"seconds": seconds, "from_sha256": live.sha256}}
+    options = {**_calibration(graph), **refitted}
+    passport = _passport(source, engine, built, config, options)
+    return _accepted(path, source, passport, built, refitted_from=live)
 
 
 def exported_onnx(models: Path) -> list[ModelArtifact]:
@@ -197,22 +203,42 @@ def check_buildable(live: ModelArtifact) -> None:
 _ONNX = "onnx"
 
 
+def _onnx_graph(
+    graph: onnx.ModelProto | CalibratedGraph | None, source: ModelArtifact
+) -> onnx.ModelProto:
+    if graph is None:
+        return onnx.load(source.path)
+    return graph.graph if isinstance(graph, CalibratedGraph) else graph
+
+
+def _calibration(graph: onnx.ModelProto | CalibratedGraph | None) -> dict[str, Any]:
+    if not isinstance(graph, CalibratedGraph):
+        return {}
+    return {"calibration": {"data": graph.data, "num_images": graph.num_images}}
+
+
 def _accepted(
-    path: Path, source: ModelArtifact, engine: str, built: BuiltEngine, config: EngineConfig
+    path: Path,
+    source: ModelArtifact,
+    passport: Passport,
+    built: BuiltEngine,
+    *,
+    refitted_from: ModelArtifact | None = None,
 ) -> ModelArtifact:
     def manifest(passport: Passport) -> ModelArtifact:
         return write_manifest(
             path,
             model=source.model,
-            engine=builder_for(engine).engine,
+            engine=builder_for(passport.exporter["name"]).engine,
             parameters=source.parameters,
             provenance=passport,
         )
 
-    passport = _passport(source, engine, built, config)
     unverified = manifest(_not_compared(passport, "the comparison did not end"))
     try:
         found = compare_with_source(unverified, source, built.precision, built.profiles)
+        if refitted_from is not None:
+            check_refit(unverified, refitted_from, source, built.profiles)
     except BackendUnavailableError as error:
         _LOGGER.warning("%s was not compared: %s", path, error)
         return manifest(_not_compared(passport, str(error)))
@@ -228,15 +254,19 @@ def _not_compared(passport: Passport, reason: str) -> Passport:
 
 
 def _passport(
-    source: ModelArtifact, engine: str, built: BuiltEngine, config: EngineConfig
+    source: ModelArtifact,
+    engine: str,
+    built: BuiltEngine,
+    config: EngineConfig,
+    options: Mapping[str, Any],
 ) -> Passport:
-    """The model's passport, and what the builder added to it."""
+    """The model's passport, what the builder added to it, and ``options`` of the exporter."""
     origin = source.passport
     of_model = {key: getattr(origin, key) for key in ("exporter", "parity", "tolerance", "commit")}
     return Passport(
         source=origin.source,
         commit=git_commit(),
-        versions={**package_versions(), **built.versions},
+        versions={**machine_versions(), **built.versions},
         precision=built.precision,
         compute_capabilities=built.compute_capabilities,
         profiles=tuple(asdict(profile) for profile in built.profiles),
@@ -249,6 +279,7 @@ def _passport(
                 "op_types": sorted(config.keep_fp32.op_types),
             },
             "workspace_bytes": config.workspace_bytes,
+            **options,
         },
         notes={_ONNX: {"sha256": source.sha256, **of_model}},
     )

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from export.agreement import Agreement, agreement, worst
+from export.agreement import Agreement, agreement, on_average, worst
 from export.engines.aot_inductor import AOT_ENGINES, AotInductorModel
 from export.engines.base import EnginePrecision
 from export.engines.profiles import Profile
 from export.engines.tensorrt import this_gpu
 from export.exportable import example_inputs
 from export.precision_doctor import DISTANCE_LIMITS
+from export.refit import RefitError
 from export.verify import ParityError
 from weaksam_rt.artifacts import ModelArtifact
 from weaksam_rt.backends.base import Arrays
@@ -25,9 +26,9 @@ ENGINE_LIMITS: Mapping[EnginePrecision, float] = {
     "int8": 0.5,
     "fp8": 0.5,
 }
-"""Distance (``Agreement``) of any one example up to which an engine is accepted. A GPU rounds the factors of float32
-products to 10 bits (TF32). Quantised engines are judged by their task metric; this limit finds
-broken ones."""
+"""Distance (``Agreement``) of any one example up to which an engine is accepted. A GPU rounds the
+factors of float32 products to 10 bits (TF32). Quantised engines are judged by their task metric;
+this limit finds broken ones."""
 
 
 def compare_with_source(
@@ -63,6 +64,41 @@ def compare_with_source(
             )
         found.append(one)
     return worst(found)
+
+
+def check_refit(
+    built: ModelArtifact,
+    live: ModelArtifact,
+    source: ModelArtifact,
+    profiles: Sequence[Profile] = (),
+) -> None:
+    """Raise ``RefitError`` where the engine may still have the weights of ``live``.
+
+    A refit that changed nothing is within the limits of ``compare_with_source`` if the checkpoints
+    differ little, so the engine must be nearer to its checkpoint than to ``live``.
+
+    Args:
+        built: ``live`` with the weights of ``source``.
+        live: Before the refit.
+        source: The new checkpoint's ONNX model.
+        profiles: Sizes that the engines take; empty: all.
+    """
+    new, old, reference = _opened(built), _opened(live), OnnxRuntimeModel(source)
+    to_source, to_live, change = [], [], []
+    for arrays in _inputs(built, profiles):
+        answer, before, expected = new(arrays, None), old(arrays, None), reference(arrays)
+        to_source.append(agreement(built.model, expected, answer))
+        to_live.append(agreement(built.model, before, answer))
+        change.append(agreement(built.model, expected, before))
+    if worst(change).distance <= DISTANCE_LIMITS["fp32"]:
+        return  # The checkpoints answer alike: nothing could tell them apart, and nobody need.
+    found, before_it = on_average(to_source).distance, on_average(to_live).distance
+    if found >= before_it:
+        raise RefitError(
+            f"{built.model} for {built.engine} after its refit is at a distance of {found:.3g} "
+            f"from the new checkpoint and of {before_it:.3g} from the live engine: the old weights "
+            "may still be in it; build it anew"
+        )
 
 
 def parity_of(found: Agreement) -> dict[str, dict[str, float]]:

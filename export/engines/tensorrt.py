@@ -25,7 +25,7 @@ from export.engines.base import (
 from export.engines.profiles import Profile, default_profiles
 from export.onnx_files import save_onnx
 from export.portable_graph import portable_model
-from export.refit import tensorrt_refit_refusal
+from export.refit import RefitError, tensorrt_refit_refusal
 from weaksam_rt.backends.tensorrt import TensorRtFamily, collecting_logger, load_tensorrt
 from weaksam_rt.cuda_driver import CudaDevice
 from weaksam_rt.errors import BackendUnavailableError
@@ -33,6 +33,14 @@ from weaksam_rt.files import atomic_path
 
 _FP32_ONLY = {"bf16": frozenset({"ConvTranspose"})}
 """Operators that TensorRT-RTX 1.7 does not build in a precision."""
+
+_REFIT_NEEDS = (
+    ("Refitter", "refit_cuda_engine"),
+    ("OnnxParserRefitter", "refit_from_file"),
+    ("SerializationFlag", "INCLUDE_REFIT"),
+)
+"""Of the library's classes. TensorRT before 10.14 lacks the flag: an engine written without it could
+not be refitted again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,9 +128,11 @@ class TensorRtBuilder:
 
         Raises:
             BackendUnavailableError: The library or the GPU is not here.
+            RefitError: The library cannot exchange weights.
             EngineBuildError: The engine does not take the weights.
         """
-        trt = load_tensorrt(self.family, needs="Refitter")
+        trt = load_tensorrt(self.family, needs="Runtime")
+        _check_refits(trt, self.family)
         if refusal := tensorrt_refit_refusal(trt.__version__):
             raise BackendUnavailableError(refusal)
         start = time.perf_counter()
@@ -233,6 +243,16 @@ def _check_this_gpu(family: TensorRtFamily, config: EngineConfig) -> None:
         raise BackendUnavailableError(
             f"{family.engine} builds for the GPU at hand ({here}), asked for "
             f"{', '.join(config.compute_capabilities)}; run this on such a GPU"
+        )
+
+
+def _check_refits(trt: ModuleType, family: TensorRtFamily) -> None:
+    missing = [name for name in _REFIT_NEEDS if not hasattr(getattr(trt, name[0], None), name[1])]
+    if missing:
+        raise RefitError(
+            f"{family.engine} {trt.__version__} cannot exchange an engine's weights: it has no "
+            f"{', '.join('.'.join(name) for name in missing)}; build the engine anew, or use a "
+            "later version"
         )
 
 

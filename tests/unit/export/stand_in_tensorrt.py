@@ -7,6 +7,7 @@ address, size and profile is right. What it cannot show, the tests marked ``gpu`
 
 import ctypes
 from enum import Enum, IntEnum
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -39,6 +40,11 @@ class ExecutionContextAllocationStrategy(Enum):
     USER_MANAGED = 2
 
 
+class SerializationFlag(Enum):
+    EXCLUDE_WEIGHTS = 0
+    INCLUDE_REFIT = 2
+
+
 def nptype(dtype):
     return {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(int32)": np.int32}[
         dtype
@@ -58,11 +64,47 @@ class Runtime:
         return _Engine(plan)
 
 
+class Refitter:
+    def __init__(self, engine, logger):
+        self.engine, self.plan = engine, None
+
+    def get_missing_weights(self):
+        return []
+
+    def refit_cuda_engine(self):
+        self.engine.plan = self.plan
+        return True
+
+
+class OnnxParserRefitter:
+    num_errors = 0
+
+    def __init__(self, refitter, logger):
+        self._refitter = refitter
+
+    def refit_from_file(self, path):
+        self._refitter.plan = Path(path).read_bytes()
+        return True
+
+
+class _SerializationConfig:
+    def __init__(self):
+        self.flags = {SerializationFlag.EXCLUDE_WEIGHTS}
+
+    def set_flag(self, flag):
+        self.flags.add(flag)
+
+    def clear_flag(self, flag):
+        self.flags.discard(flag)
+
+
 class _Engine:
+    refittable = True
     device_memory_size_v2 = SCRATCH_BYTES
     num_optimization_profiles = len(PROFILES)
 
     def __init__(self, plan):
+        self.plan = plan
         self.session = onnxruntime.InferenceSession(plan, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
@@ -81,6 +123,13 @@ class _Engine:
     def get_tensor_profile_shape(self, name, profile):
         low, high = PROFILES[profile][name]
         return low, high, high
+
+    def create_serialization_config(self):
+        return _SerializationConfig()
+
+    def serialize_with_config(self, config):
+        assert config.flags == {SerializationFlag.INCLUDE_REFIT}
+        return self.plan
 
     def create_execution_context(self, strategy):
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -200,9 +201,7 @@ def test_an_engine_with_wrong_masks_is_refused_though_its_boxes_are_right(tmp_pa
     mask = next(t for t in wrong.graph.initializer if t.name == "mask")
     mask.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(mask), mask.name))
     with pytest.raises(ParityError, match=r"distance 0\.\d+ beside .* for image \[2, 16, 16, 3\]"):
-        build_engine(
-            source, tmp_path / "wrong", engine="onnxruntime", config=config, graph=wrong
-        )  # fmt: skip
+        build_engine(source, tmp_path / "wrong", engine="onnxruntime", config=config, graph=wrong)
     assert not (tmp_path / "wrong" / "manifest.json").exists()
 
 
@@ -239,6 +238,13 @@ def test_how_an_engine_was_built_can_be_read_from_its_passport(toy, tmp_path):
     assert build_config(load_artifact(tmp_path / "b")) == dataclasses.replace(
         config, profiles=expected
     )
+
+
+def test_a_passport_says_on_which_machine_an_engine_was_built(toy, tmp_path, monkeypatch):
+    here = {"driver": "570.1", "cuda": "12.8", "compute_capability": "8.9", "onnxruntime": "0"}
+    monkeypatch.setattr("export.engines.build.machine_versions", lambda: here)
+    built = build_engine(toy, tmp_path, engine="onnxruntime", config=EngineConfig())
+    assert built.passport.versions == {**here, "onnxruntime": onnxruntime.__version__}
 
 
 def test_a_profile_takes_what_is_within_its_ranges():

@@ -292,6 +292,8 @@ def test_an_engine_of_lower_precision_gets_a_successor_like_it(folder, tmp_path,
     assert candidate.method == "build"
     built = load_artifact(tmp_path / "b")
     assert build_config(built) == build_config(live)
+    taken_from = {"data": folder.root.name, "num_images": 2} if precision == "int8" else None
+    assert built.passport.exporter.get("calibration") == taken_from
     assert built.passport.parity["all outputs"]["distance"] < ENGINE_LIMITS[precision]
     again = build_candidate(
         exportable(ToyDetector(2)), built, tmp_path / "c", method="auto", export=export,

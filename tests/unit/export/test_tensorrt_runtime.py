@@ -6,18 +6,22 @@ import dataclasses
 import importlib
 import shutil
 import sys
+from enum import Enum
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import numpy_helper
 
 from export.engines.aot_inductor import AotInductorModel
 from export.engines.base import EngineConfig
 from export.engines.build import build_config, build_engine, build_engine_like
 from export.engines.tensorrt import this_gpu
 from export.exportable import example_inputs
+from export.refit import RefitError
 from tests.unit.export import stand_in_tensorrt
 from tests.unit.export.toy_models import TOY_DETECTOR, export_toy_detector
 from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import build_cpu_driver
@@ -191,6 +195,83 @@ def test_a_plan_with_other_tensors_than_its_contract_is_refused(plan):
     masking = dataclasses.replace(TOY_DETECTOR, mask_size=4)
     text = refusal_of(dataclasses.replace(plan, parameters=masking))
     assert "'mask_logits': 'output of float32'" in text
+
+
+@pytest.fixture
+def refittable(plan, toy_artifact, monkeypatch):
+    """A live engine whose weights can be exchanged, as its passport says."""
+    monkeypatch.setattr("export.engines.compare.this_gpu", lambda: "9.0")
+    exporter = {"name": "tensorrt", "seconds": 300.0, "refittable": True}
+    passport = dataclasses.replace(
+        plan.passport, precision="fp32", exporter=exporter, notes={"onnx": {}}
+    )
+    return write_manifest(
+        plan.path, model=DETECTOR, engine="tensorrt", parameters=TOY_DETECTOR, provenance=passport
+    )
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint(tmp_path_factory):
+    return export_toy_detector(tmp_path_factory.mktemp("other"), seed=1)
+
+
+def test_a_refit_says_what_it_took_and_keeps_the_builds_seconds(
+    refittable, other_checkpoint, tmp_path
+):
+    made = build_engine_like(refittable, other_checkpoint, tmp_path / "new", refit=True)
+    assert made == load_artifact(tmp_path / "new")
+    assert made.passport.worst_parity < 1e-5
+    assert made.passport.exporter["seconds"] == 300.0
+    refit = made.passport.exporter["refit"]
+    assert refit["from_sha256"] == refittable.sha256
+    assert 0 < refit["seconds"] < 300
+    assert build_config(made) == build_config(refittable)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "missing"),
+    [
+        ("OnnxParserRefitter", None, "OnnxParserRefitter.refit_from_file"),
+        (
+            "SerializationFlag",
+            Enum("Flags", ["EXCLUDE_WEIGHTS"]),
+            "SerializationFlag.INCLUDE_REFIT",
+        ),
+    ],
+)
+def test_a_library_that_cannot_refit_says_what_it_lacks(
+    refittable, other_checkpoint, tmp_path, monkeypatch, name, value, missing
+):
+    """``RefitError``: a release then builds the engine anew."""
+    monkeypatch.setattr(stand_in_tensorrt, name, value)
+    with pytest.raises(RefitError, match=rf"tensorrt 10\.7\.0\.23 cannot .* {missing}; build"):
+        build_engine_like(refittable, other_checkpoint, tmp_path / "new", refit=True)
+
+
+def _nudged(source, folder, factor):
+    """The checkpoint of ``source``, fine-tuned a little."""
+    folder.mkdir()
+    model = onnx.load(source.path)
+    bias = next(t for t in model.graph.initializer if t.name == "head.bias")
+    bias.CopyFrom(numpy_helper.from_array(factor * numpy_helper.to_array(bias), bias.name))
+    onnx.save(model, folder / "model.onnx")
+    return write_manifest(
+        folder / "model.onnx", model=DETECTOR, engine="onnxruntime", parameters=TOY_DETECTOR,
+        provenance=source.passport,
+    )  # fmt: skip
+
+
+def test_a_refit_that_left_the_old_weights_is_noticed_within_the_limit(
+    refittable, toy_artifact, tmp_path, monkeypatch
+):
+    near = _nudged(toy_artifact, tmp_path / "near", np.float32(1.01))
+    assert build_engine_like(refittable, near, tmp_path / "right", refit=True)
+    monkeypatch.setattr(stand_in_tensorrt.Refitter, "refit_cuda_engine", lambda refitter: True)
+    with pytest.raises(RefitError, match=r"of 0\.00\d+ from the new .* and of 0 from the live"):
+        build_engine_like(refittable, near, tmp_path / "kept", refit=True)
+    assert not (tmp_path / "kept" / "manifest.json").exists()
+    same = _nudged(toy_artifact, tmp_path / "same", np.float32(1))
+    assert build_engine_like(refittable, same, tmp_path / "again", refit=True)
 
 
 _SIZES = st.tuples(st.integers(1, 4), st.integers(0, 4)).map(lambda s: (s[0], s[0] + s[1]))
