@@ -26,6 +26,8 @@ MANIFEST_NAME = "manifest.json"
 _FORMAT = 2
 _FORMAT_WITHOUT_PASSPORT = 1
 _LARGEST_MANIFEST = 4 * 2**20
+ONNX_RUNTIME_CUDA = "onnxruntime-cuda"
+"""Exporter of ONNX files that were built and tried for ONNX Runtime's CUDA provider."""
 METRIC_NAMES = {
     "ap50": "AP50",
     "tag_ap": "tag AP",
@@ -155,6 +157,12 @@ class ModelArtifact:
     def contract(self) -> ModelContract:
         """The model's contract at these parameters."""
         return engine_contract(self.model, self.parameters)
+
+    @property
+    def needs_gpu(self) -> bool:
+        """It was built for a GPU, and a CPU is no substitute."""
+        by_onnx_runtime = self.passport.exporter.get("name") == ONNX_RUNTIME_CUDA
+        return by_onnx_runtime or self.engine.startswith(("tensorrt", "aot-inductor-cuda"))
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -56,8 +56,8 @@ def engine_serving(artifact: ModelArtifact, profile: Profile) -> EngineServing:
     if profile == "embedded":
         # A GPU where there is one: on a machine without, the engine's own refusal says more than
         # the server's.
-        on_gpu = artifact.engine.startswith("tensorrt")
-        return EngineServing(backend="python", instance_kind="KIND_AUTO" if on_gpu else "KIND_CPU")
+        kind = "KIND_AUTO" if artifact.needs_gpu else "KIND_CPU"
+        return EngineServing(backend="python", instance_kind=kind)
     if artifact.engine == "onnxruntime":
         return EngineServing(
             backend="onnxruntime", platform="onnxruntime_onnx", instance_kind="KIND_AUTO"
@@ -100,7 +100,8 @@ def _refusal(artifact: ModelArtifact, profile: Profile) -> str | None:
             "with onnxruntime or tensorrt"
         )
     if engine == "onnxruntime":
-        return _onnx_runtime_refusal(precision, profile)
+        runs_on_cpu = profile == "embedded" and not artifact.needs_gpu
+        return _onnx_runtime_refusal(precision, runs_on_cpu=runs_on_cpu)
     if engine not in ("tensorrt", "tensorrt-rtx"):
         return f"is for {engine!r}; known are onnxruntime, tensorrt and tensorrt-rtx"
     if profile == "embedded":
@@ -113,16 +114,17 @@ def _refusal(artifact: ModelArtifact, profile: Profile) -> str | None:
     )
 
 
-def _onnx_runtime_refusal(precision: str, profile: Profile) -> str | None:
+def _onnx_runtime_refusal(precision: str, *, runs_on_cpu: bool) -> str | None:
     if precision == "fp8":
         return (
             "is an fp8 graph, in which ONNX Runtime opens nothing or computes wrong numbers "
             "(benchmarks/results/engine_parity.md); serve int8, or fp8 with a TensorRT engine"
         )
-    if precision == "bf16" and profile == "embedded":
+    if precision == "bf16" and runs_on_cpu:
         return (
             "is a bf16 graph, which ONNX Runtime has for GPUs only and this profile runs on the "
-            "CPU; serve fp32, fp16 or int8, or bf16 with a TensorRT engine"
+            "CPU; serve fp32, fp16 or int8, or bf16 built with --engine onnxruntime-cuda or for "
+            "TensorRT"
         )
     return None
 

@@ -37,11 +37,13 @@ from training.data.coco import CocoFolder
 from training.engine.stage import git_commit
 from weaksam_rt.artifacts import (
     MANIFEST_NAME,
+    ONNX_RUNTIME_CUDA,
     ModelArtifact,
     Passport,
     load_artifact,
     write_manifest,
 )
+from weaksam_rt.backends.onnx_runtime import CUDA
 from weaksam_rt.backends.tensorrt import TENSORRT, TENSORRT_RTX
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError
 
@@ -49,7 +51,7 @@ _LOGGER = logging.getLogger(__name__)
 
 BUILDERS: Mapping[str, EngineBuilder] = {
     "onnxruntime": OnnxRuntimeBuilder(),
-    "onnxruntime-cuda": OnnxRuntimeBuilder(provider="CUDAExecutionProvider"),
+    ONNX_RUNTIME_CUDA: OnnxRuntimeBuilder(provider=CUDA),
     "tensorrt": TensorRtBuilder(family=TENSORRT),
     "tensorrt-rtx": TensorRtBuilder(family=TENSORRT_RTX),
     "aot-inductor": AotInductorBuilder(device="cpu"),

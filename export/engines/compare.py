@@ -12,11 +12,11 @@ from export.exportable import example_inputs
 from export.precision_doctor import DISTANCE_LIMITS
 from export.refit import RefitError
 from export.verify import ParityError
-from weaksam_rt.artifacts import ModelArtifact
+from weaksam_rt.artifacts import ONNX_RUNTIME_CUDA, ModelArtifact
 from weaksam_rt.backends.base import Arrays
 from weaksam_rt.backends.engines import open_engine
 from weaksam_rt.backends.local import ModelFunction
-from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
+from weaksam_rt.backends.onnx_runtime import CUDA, OnnxRuntimeModel, check_provider
 from weaksam_rt.errors import BackendUnavailableError
 
 ENGINE_LIMITS: Mapping[EnginePrecision, float] = {
@@ -117,8 +117,8 @@ def _inputs(built: ModelArtifact, profiles: Sequence[Profile]) -> list[Arrays]:
 
 def check_runs_here(built: ModelArtifact) -> None:
     """Raise ``BackendUnavailableError`` where this machine cannot run the engine."""
-    if built.passport.exporter["name"] == "onnxruntime-cuda":
-        raise BackendUnavailableError("only a server opens ONNX Runtime engines on a GPU")
+    if built.passport.exporter["name"] == ONNX_RUNTIME_CUDA:
+        check_provider(CUDA)
     targets = built.passport.compute_capabilities
     if targets and (here := this_gpu()) not in targets:
         raise BackendUnavailableError(f"it is for {', '.join(targets)}, this machine has {here}")

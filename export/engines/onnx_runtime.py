@@ -4,7 +4,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import onnxruntime
 
@@ -16,16 +15,14 @@ from export.engines.base import (
     typed_graph,
 )
 from export.onnx_files import publish_onnx, save_onnx
-from weaksam_rt.errors import BackendUnavailableError
-
-Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider"]
+from weaksam_rt.backends.onnx_runtime import CPU, Provider, check_provider, check_started
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxRuntimeBuilder:
     """An ``EngineBuilder`` of ONNX files."""
 
-    provider: Provider = "CPUExecutionProvider"
+    provider: Provider = CPU
 
     @property
     def engine(self) -> str:
@@ -39,14 +36,8 @@ class OnnxRuntimeBuilder:
 
     def check(self, config: EngineConfig) -> None:
         """See ``EngineBuilder``."""
-        found = onnxruntime.get_available_providers()
-        if self.provider not in found:
-            raise BackendUnavailableError(
-                f"this ONNX Runtime {onnxruntime.__version__} has {found}, not {self.provider}; "
-                "install onnxruntime-gpu in place of (not beside) onnxruntime on a machine with a "
-                "GPU"
-            )
-        if config.compute_capabilities and self.provider == "CPUExecutionProvider":
+        check_provider(self.provider)
+        if config.compute_capabilities and self.provider == CPU:
             raise ValueError(
                 f"a CPU has no compute capability, got {config.compute_capabilities}; leave it out"
             )
@@ -81,9 +72,4 @@ class OnnxRuntimeBuilder:
                 f"{source.contract.name} in {config.precision}: {' '.join(str(error).split())}; "
                 "choose another precision or engine"
             ) from error
-        # Without its libraries the CUDA provider gives way to the CPU without an error.
-        if session.get_providers()[0] != self.provider:
-            raise BackendUnavailableError(
-                f"{self.provider} did not start and {session.get_providers()[0]} took its place; "
-                "check the CUDA and cuDNN libraries"
-            )
+        check_started(session, self.provider)

@@ -39,8 +39,8 @@ _REFIT_NEEDS = (
     ("OnnxParserRefitter", "refit_from_file"),
     ("SerializationFlag", "INCLUDE_REFIT"),
 )
-"""Of the library's classes. TensorRT before 10.14 lacks the flag: an engine written without it could
-not be refitted again."""
+"""Of the library's classes. TensorRT before 10.14 lacks the flag: an engine written without it
+could not be refitted again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

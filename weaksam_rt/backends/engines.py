@@ -14,15 +14,18 @@ def open_engine(artifact: ModelArtifact, *, num_threads: int = 0, device: int = 
         artifact: Verified.
         num_threads: Threads on the CPU (``onnxruntime``); 0 takes all cores. With several, rows of
             a batch run side by side.
-        device: Number of the GPU (``tensorrt``, ``tensorrt-rtx``).
+        device: Number of the GPU, for engines that were built for one.
 
     Raises:
         ArtifactError: No runtime of this package opens it, the machine is not the one that it was
             built for, or the file is not what its manifest says.
-        BackendUnavailableError: Its library is of a version that this package does not know.
+        BackendUnavailableError: Its library is of a version that this package does not know, or has
+            no CUDA though the engine was built for it.
     """
     if artifact.engine == "onnxruntime":
-        return OnnxRuntimeModel(artifact, num_threads=num_threads, rows_side_by_side=True)
+        return OnnxRuntimeModel(
+            artifact, num_threads=num_threads, rows_side_by_side=True, device=device
+        )
     if artifact.engine in FAMILIES:
         return TensorRtModel(artifact, device=device)
     if artifact.engine.startswith("aot-inductor"):

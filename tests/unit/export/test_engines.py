@@ -19,6 +19,7 @@ from export.engines.build import (
     build_config,
     build_engine,
     builder_for,
+    check_buildable,
     was_built,
 )
 from export.engines.compare import compare_with_source
@@ -159,6 +160,17 @@ def test_what_needs_a_gpu_says_so_in_one_line(toy, tmp_path, engine, reason):
         build_engine(toy, tmp_path, engine=engine, config=EngineConfig(), module=ToyDetector())
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.iterdir())
+
+
+@no_gpu
+def test_an_engine_for_a_gpu_cannot_be_released_from_a_machine_without(toy):
+    passport = dataclasses.replace(
+        toy.passport, precision="fp16", exporter={"name": "onnxruntime-cuda"}
+    )
+    with pytest.raises(
+        BackendUnavailableError, match=r"install onnxruntime-gpu.*machine that serves it"
+    ):
+        check_buildable(dataclasses.replace(toy, passport=passport))
 
 
 def test_an_unknown_engine_lists_the_known_ones():

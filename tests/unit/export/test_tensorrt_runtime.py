@@ -298,7 +298,7 @@ def test_the_profile_is_the_narrowest_of_those_that_fit(profiles, shapes):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_real_engine_answers_as_onnx_runtime(toy_artifact, tmp_path, engine, precision):
     config = EngineConfig(precision=precision, compute_capabilities=(this_gpu(),))

@@ -105,8 +105,17 @@ def test_a_repository_may_mix_engines(tmp_path):
     assert check_model_repository(tmp_path / "r") == []
 
 
-def test_an_engine_on_a_gpu_gets_an_instance_there_in_the_embedded_profile(tmp_path):
-    made = engine(tmp_path / "made", "tensorrt-rtx", "model.rtx_engine")
+@pytest.mark.parametrize(
+    ("kind", "passport"),
+    [
+        ("tensorrt-rtx", {}),
+        ("onnxruntime", {"exporter": {"name": "onnxruntime-cuda"}, "precision": "bf16"}),
+    ],
+)
+def test_an_engine_on_a_gpu_gets_an_instance_there_in_the_embedded_profile(
+    tmp_path, kind, passport
+):
+    made = engine(tmp_path / "made", kind, "model.any", **passport)
     build({DETECTOR: made}, tmp_path / "r")
     config = read_model_config(tmp_path / "r/detector/config.pbtxt")
     assert config.backend == "python"

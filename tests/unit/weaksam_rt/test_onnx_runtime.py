@@ -1,14 +1,17 @@
 """Rows of a batch on threads of their own: the same answers as all threads on the whole batch."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from tests.integration.tiny_engines import write_tiny_artifacts
 from weaksam_rt.artifacts import load_artifact
-from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
-from weaksam_rt.errors import ContractError
+from weaksam_rt.backends.engines import open_engine
+from weaksam_rt.backends.onnx_runtime import CPU, CUDA, OnnxRuntimeModel
+from weaksam_rt.errors import BackendUnavailableError, ContractError
 
 DETECTOR = Path(__file__).parents[3] / "assets" / "demo_models" / "detector"
 
@@ -62,3 +65,38 @@ def test_a_model_without_batch_axis_is_run_as_it_is(tmp_path):
     expected, found = plain(inputs), side_by_side(inputs)
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.fixture
+def for_a_gpu():
+    """The demo's detector as if it had been built with ``--engine onnxruntime-cuda``."""
+    artifact = load_artifact(DETECTOR)
+    passport = replace(artifact.passport, exporter={"name": "onnxruntime-cuda"})
+    return replace(artifact, passport=passport)
+
+
+@pytest.mark.skipif(
+    CUDA in onnxruntime.get_available_providers(), reason="this ONNX Runtime has CUDA"
+)
+def test_an_engine_for_cuda_is_not_opened_on_the_cpu(for_a_gpu):
+    with pytest.raises(
+        BackendUnavailableError, match=r"not CUDAExecutionProvider; install onnxruntime-gpu"
+    ):
+        open_engine(for_a_gpu)
+
+
+def test_a_session_that_fell_back_to_the_cpu_is_refused(for_a_gpu, monkeypatch):
+    opened = onnxruntime.InferenceSession
+    asked = []
+
+    def fall_back(path, options, providers):
+        asked.extend(providers)
+        return opened(path, options, providers=[CPU])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fall_back)
+    with pytest.raises(
+        BackendUnavailableError, match=r"CUDA\w+ did not start and CPU\w+ took its place; check"
+    ):
+        open_engine(for_a_gpu, device=1)
+    assert asked == [(CUDA, {"device_id": 1}), CPU]
