@@ -27,7 +27,7 @@ from weaksam_rt.client._calls import (
 from weaksam_rt.client.config import ClientConfig
 from weaksam_rt.client.messages import arrays_from_response, infer_request
 from weaksam_rt.contracts import ModelContract
-from weaksam_rt.errors import ServerUnavailableError, WeakSamError
+from weaksam_rt.errors import InferenceTimeoutError, ServerUnavailableError, WeakSamError
 
 _POLL_S = 0.1
 _PRESENT = ("READY", "LOADING", "UNLOADING")
@@ -36,8 +36,9 @@ _PRESENT = ("READY", "LOADING", "UNLOADING")
 class ModelControl:
     """A connection to a server whose models may be changed; use it as a context manager.
 
-    Every call raises ``ServerUnavailableError`` where no server answers, and ``WeakSamError`` with
-    the server's own words where it refuses.
+    Every call raises ``ServerUnavailableError`` where no server answers, ``InferenceTimeoutError``
+    where one takes too long (it may do what was asked later), and ``WeakSamError`` with the
+    server's own words where it refuses.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class ModelControl:
             message = text_format.Parse(config_text, model_config_pb2.ModelConfig())
             content = json_format.MessageToDict(message, preserving_proto_field_name=True)
             request.parameters["config"].string_param = json.dumps(content)
-        self._call(self._stub.RepositoryModelLoad, request, self._load_timeout_s)
+        self._call(self._stub.RepositoryModelLoad, request, self._load_timeout_s, f"load {model}")
 
     def states(self, model: str) -> dict[int, str]:
         """The state of every version of ``model`` that the server remembers, by version."""
@@ -79,6 +80,7 @@ class ModelControl:
             self._stub.RepositoryIndex,
             service_pb2.RepositoryIndexRequest(),
             self.config.timeout_s,
+            "list its models",
         )
         return {
             int(entry.version): entry.state
@@ -89,6 +91,11 @@ class ModelControl:
     def ready_versions(self, model: str) -> set[int]:
         """The versions of ``model`` that answer requests."""
         return {version for version, state in self.states(model).items() if state == "READY"}
+
+    def wanted_versions(self, model: str) -> set[int]:
+        """The versions of ``model`` that answer requests, or will when they are loaded."""
+        states = self.states(model)
+        return {version for version, state in states.items() if state in ("READY", "LOADING")}
 
     def wait_until_gone(self, model: str, version: int, timeout_s: float = 60.0) -> None:
         """Wait until no request runs on ``version`` any more.
@@ -108,10 +115,12 @@ class ModelControl:
         """Ask one version of an engine model; arrays without batch axis."""
         request = infer_request(contract, image)
         request.model_version = str(version)
-        response = self._call(self._stub.ModelInfer, request, self.config.timeout_s)
+        response = self._call(
+            self._stub.ModelInfer, request, self.config.timeout_s, f"answer for {contract.name}"
+        )
         return arrays_from_response(contract, response)
 
-    def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
+    def _call(self, method: Any, request: Any, timeout_s: float, what: str) -> Any:
         deadline = Deadline.after(timeout_s)
         try:
             return method(request, timeout=timeout_s)
@@ -122,6 +131,11 @@ class ModelControl:
                 raise WeakSamError(
                     f"the server at {self.address} does not let its models be changed; start it "
                     "with `weaksam serve REPOSITORY --allow-releases`"
+                ) from error
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise InferenceTimeoutError(
+                    f"the server at {self.address} did not {what} within {timeout_s:g} s; it may "
+                    "do it yet"
                 ) from error
             raise error_from_rpc(
                 error.code(), details, address=self.address, deadline=deadline

@@ -15,7 +15,7 @@ import fcntl
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from weaksam_rt.contracts import PROMPT_CLUSTERING
 from weaksam_rt.errors import (
     ArtifactError,
     ReleaseError,
-    ServerUnavailableError,
     WeakSamError,
 )
 from weaksam_rt.files import write_json
@@ -55,6 +54,7 @@ from weaksam_rt.model_repository import JOURNAL_NAME, LOCK_NAME
 
 _LOGGER = logging.getLogger(__name__)
 
+_WHO_ENDS_IT = "`weaksam serve --allow-releases` or the next release does it"
 Check = Callable[[int], None]
 """Called with the version; raises ``WeakSamError`` where it does not answer as it should."""
 
@@ -121,7 +121,8 @@ def publish(
         on_step: Called with the name of each step when it is done.
 
     Raises:
-        ReleaseError: A check failed or a version did not load; everything is as it was.
+        ReleaseError: A check failed or a version did not load; everything is as it was, or will be
+            when the server answers again (the message says so).
         ArtifactError: The artifacts do not fit the repository or each other; nothing was touched.
     """
     if keep < 2:
@@ -205,6 +206,9 @@ def recover(repository: Path, control: ModelControl | None) -> str | None:
 
     Returns:
         What was done, in one line.
+
+    Raises:
+        ReleaseError: The server does not answer or refuses; the journal stays for another call.
     """
     if not (repository / JOURNAL_NAME).is_file():
         return None
@@ -250,21 +254,22 @@ def _run(
             seconds[name] = round(time.perf_counter() - start, 3)
             on_step(name)
     except BaseException as error:
-        _undo(repository, release, control)
+        failures = _undo(repository, release, control)
+        old = ", ".join(map(str, _old_versions(release)))
+        served = (
+            f"version {old} is served as before"
+            if not failures
+            else f"the server could not be brought back to version {old} yet ({failures[0]}): "
+            f"{_WHO_ENDS_IT}, and a server that starts anew serves it"
+        )
         if isinstance(error, WeakSamError):
             raise ReleaseError(
-                f"version {release.version} was not released: {error}; version "
-                f"{', '.join(map(str, _old_versions(release)))} is served as before"
+                f"version {release.version} was not released: {error}; {served}"
             ) from error
+        _LOGGER.warning("version %d was not released; %s", release.version, served)
         raise
     start = time.perf_counter()
-    try:
-        removed = _finish(repository, release, control, keep=keep, on_step=on_step)
-    except ServerUnavailableError as error:
-        raise ReleaseError(
-            f"version {release.version} is live, and the version before could not be cleared away "
-            f"yet: {error}; `weaksam serve --allow-releases` or the next release does it"
-        ) from error
+    removed = _finish(repository, release, control, keep=keep, on_step=on_step)
     seconds["finish"] = round(time.perf_counter() - start, 3)
     return ReleaseReport(release=release, seconds=seconds, removed=tuple(removed))
 
@@ -319,7 +324,27 @@ def _finish(
     keep: int | None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> list[int]:
-    """What is left after the commit: the old engine goes, once nothing calls it."""
+    """What is left after the commit: the old engine goes, once nothing calls it.
+
+    Raises:
+        ReleaseError: The server does not answer, or refuses; the journal stays for ``recover``.
+    """
+    try:
+        return _clear_away(repository, release, control, keep, on_step)
+    except WeakSamError as error:
+        raise ReleaseError(
+            f"version {release.version} is live, and the version before could not be cleared away "
+            f"yet: {error}; {_WHO_ENDS_IT}"
+        ) from error
+
+
+def _clear_away(
+    repository: Path,
+    release: Release,
+    control: ModelControl | None,
+    keep: int | None,
+    on_step: Callable[[str], None],
+) -> list[int]:
     entry = {
         "version": release.version,
         "action": release.action,
@@ -344,31 +369,53 @@ def _finish(
     return removed
 
 
-def _undo(repository: Path, release: Release, control: ModelControl | None) -> None:
-    """Everything as it was before ``release``, whatever of it had been done."""
+def _undo(repository: Path, release: Release, control: ModelControl | None) -> list[WeakSamError]:
+    """Everything as it was before ``release``, whatever of it had been done.
+
+    Returns:
+        Why the server is not back; empty: it is, or none runs. Otherwise only the configs are as
+        before. The journal stays for ``recover``, and so do the folders that the server may still
+        read.
+    """
     for pipeline in release.pipelines:
         write_config(repository, pipeline, release.configs[pipeline])
-    if control is not None:
-        try:
-            _take_back(release, control)
-        except ServerUnavailableError as error:
-            _LOGGER.warning("%s; when it starts again it serves the version before", error)
-            control = None
+    failures = [] if control is None else _take_back(release, control)
     for model in release.engines:
         write_config(repository, model, release.configs[model])
-    if control is not None:
-        _load_engines(release, control)
+    # Pipelines that could not be taken back may still call the new engines.
+    if control is not None and not failures:
+        failures = _failures(release.engines, control.load)
+    if failures:
+        return failures
     if release.is_new:
         for model in (*release.pipelines, *release.engines):
             remove_version(repository, model, release.version)
     (repository / JOURNAL_NAME).unlink(missing_ok=True)
+    return []
 
 
-def _take_back(release: Release, control: ModelControl) -> None:
-    for pipeline, switch in release.pipelines.items():
-        if control.ready_versions(pipeline) != {switch.old}:
+def _take_back(release: Release, control: ModelControl) -> list[WeakSamError]:
+    """Why pipelines are not back in their old version; empty: all are."""
+
+    def take_back(pipeline: str) -> None:
+        switch = release.pipelines[pipeline]
+        if control.wanted_versions(pipeline) != {switch.old}:
             control.load(pipeline, release.configs[pipeline])
         control.wait_until_gone(pipeline, switch.new)
+
+    return _failures(release.pipelines, take_back)
+
+
+def _failures(models: Iterable[str], do: Callable[[str], None]) -> list[WeakSamError]:
+    """``do`` for every model, whichever fail; their errors."""
+    errors = []
+    for model in models:
+        try:
+            do(model)
+        except WeakSamError as error:
+            _LOGGER.warning("%s: %s", model, error)
+            errors.append(error)
+    return errors
 
 
 def _settle_engine(repository: Path, model: str, control: ModelControl | None) -> None:
@@ -376,8 +423,9 @@ def _settle_engine(repository: Path, model: str, control: ModelControl | None) -
     needed = engine_versions_needed(repository, model)
     if live_versions(repository, model) != needed:
         write_config(repository, model, engine_config(repository, model, needed, needed[-1]))
-        if control is not None:
-            control.load(model)
+    # Asked, not concluded from the disk: a load that took too long is found half done.
+    if control is not None and control.wanted_versions(model) != set(needed):
+        control.load(model)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -394,8 +442,11 @@ def _recover(repository: Path, control: ModelControl | None) -> str | None:
     if _is_committed(repository, release):
         _finish(repository, release, control, keep=None)
         done = f"finished the interrupted {what}"
+    elif failures := _undo(repository, release, control):
+        raise ReleaseError(
+            f"the interrupted {what} could not be undone yet: {failures[0]}; {_WHO_ENDS_IT}"
+        ) from failures[0]
     else:
-        _undo(repository, release, control)
         done = f"undid the interrupted {what}"
     remove_unfinished(repository)
     _LOGGER.warning("%s", done)
