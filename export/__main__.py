@@ -150,6 +150,7 @@ def release(
     repository: Annotated[Path, tyro.conf.Positional],
     *,
     data: Path,
+    calibration: Path | None = None,
     detector: Path | None = None,
     classifier: Path | None = None,
     sam: Path | None = None,
@@ -169,6 +170,8 @@ def release(
         repository: The model repository that the server serves.
         data: Folder with images/ and instances.json, for AP50 (detector), the tags' average
             precision (classifier) or the IoU of prompted masks (SAM) of candidate and live version.
+        calibration: Folder like --data with other images, such as those of the training: an int8
+            or fp8 successor takes its ranges from them. Required where the live engine is one.
         detector: Weights of training.retrain_detector. One of these three is released.
         classifier: Weights of training.train_classifier.
         sam: Weights of training.train_sam, or an official SAM checkpoint; both halves go together.
@@ -191,6 +194,7 @@ def release(
                 exportable, folder, half_weights=half
             ),
             method=method,
+            calibration=None if calibration is None else load_coco_folder(calibration),
             rules=rules,
             on_step=lambda step: _LOGGER.info("  %s", step),
         )

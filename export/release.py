@@ -25,6 +25,7 @@ from export.judges import Metrics, in_words, judge_of, losses, measured, with_me
 from export.probes import calls_of, check_engine_answers, make_probes, watch_answers
 from export.refit import RefitError, refit_onnx
 from training.data.coco import CocoFolder
+from training.engine.stage import fingerprint
 from weaksam_rt.artifacts import ModelArtifact, load_artifact
 from weaksam_rt.client import WeakSamClient
 from weaksam_rt.contracts import PROMPT_CLUSTERING
@@ -104,6 +105,33 @@ def live_engines(repository: Path, models: Sequence[str]) -> dict[str, ModelArti
         if was_built(found[model]):
             check_buildable(found[model])
     return found
+
+
+def check_calibration(
+    live: Mapping[str, ModelArtifact], folder: CocoFolder, calibration: CocoFolder | None
+) -> None:
+    """Raise ``ValueError`` where a quantised successor would get no ranges, or take them from the
+    images that it is judged on, which would favour it.
+
+    Args:
+        live: By model.
+        folder: What candidate and live version are judged on.
+        calibration: What ranges are taken from.
+    """
+    quantised = [m for m, engine in live.items() if engine.passport.precision in ("int8", "fp8")]
+    if not quantised:
+        return
+    reason = None
+    if calibration is None:
+        reason = "none was given"
+    elif fingerprint(calibration.root) == fingerprint(folder.root):
+        reason = f"{calibration.root} has the images that the candidate is judged on"
+    if reason is not None:
+        raise ValueError(
+            f"the live {' and '.join(quantised)} is quantised, and its successor needs a folder "
+            f"of images to take its ranges from: {reason}; give --calibration with other images, "
+            "such as those of the training"
+        )
 
 
 def build_candidate(
@@ -240,6 +268,7 @@ def release(
     *,
     export: ExportModel,
     method: Method = "auto",
+    calibration: CocoFolder | None = None,
     rules: ReleaseRules | None = None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> ReleaseSummary:
@@ -249,10 +278,11 @@ def release(
         repository: Live, served by the server of ``control``.
         exportables: The new checkpoint: a detector, a classifier, or both halves of a SAM.
         folder: Pictures with true boxes (detector), tags (classifier) or masks (SAM), for the
-            metrics, the probes and, where the live engine is quantised, its successor's ranges.
+            metrics and the probes.
         control: The server.
         export: Builds from nothing.
         method: See ``build_candidate``.
+        calibration: Other pictures, for the ranges of a candidate whose live engine is quantised.
         rules: What it must fulfil; None: the defaults.
         on_step: See ``weaksam_rt.releases.publish``.
 
@@ -262,10 +292,12 @@ def release(
         ParityError: An engine's answers are not PyTorch's.
         ArtifactError: The repository does not serve the model.
         BackendUnavailableError: This machine cannot build an engine like the live one.
+        ValueError: The live engine is quantised, and ``calibration`` is missing or ``folder``.
     """
     rules, judge = rules or ReleaseRules(), judge_of(exportables)
     engines = live_engines(repository, judge.models)
     live = {model: engines.pop(model) for model in judge.models}
+    check_calibration(live, folder, calibration)
     pipelines = list(dict.fromkeys(p for m in live for p in pipelines_of(repository, m)))
     config = pipeline_file(repository, pipelines[0]).config
     with tempfile.TemporaryDirectory(prefix="weaksam-release-") as scratch:
@@ -276,7 +308,7 @@ def release(
                 Path(scratch) / e.model,
                 method=method,
                 export=export,
-                calibration=folder,
+                calibration=calibration,
             )
             for e in exportables
         }

@@ -15,11 +15,17 @@ from export.judges import JUDGES, ap50_of_engine, judge_of, losses, measured, wi
 from export.mixed_precision import KeepFp32
 from export.probes import Answer, answer_difference, calls_of, check_engine_answers, make_probes
 from export.refit import RefitError
-from export.release import ReleaseRules, build_candidate, live_engines, release
+from export.release import (
+    ReleaseRules,
+    build_candidate,
+    check_calibration,
+    live_engines,
+    release,
+)
 from tests.integration.pictures import BOXES, labelled_scenes
 from tests.integration.tiny_engines import CLASS_NAMES, write_tiny_artifacts
 from tests.unit.export.test_refit import ToyDetector, exportable
-from weaksam_rt.artifacts import load_artifact
+from weaksam_rt.artifacts import load_artifact, write_manifest
 from weaksam_rt.config import DetectionConfig, PipelineConfig
 from weaksam_rt.contracts import (
     DETECTOR,
@@ -300,6 +306,35 @@ def test_an_engine_of_lower_precision_gets_a_successor_like_it(folder, tmp_path,
         calibration=folder,
     )  # fmt: skip
     assert again.artifact.sha256 not in (built.sha256, live.sha256)
+
+
+def _quantised(artifact, folder):
+    """The same file, said to be int8."""
+    folder.mkdir()
+    (folder / artifact.path.name).write_bytes(artifact.path.read_bytes())
+    return write_manifest(
+        folder / artifact.path.name, model=artifact.model, engine=artifact.engine,
+        parameters=artifact.parameters, provenance={"precision": "int8"},
+    )  # fmt: skip
+
+
+def test_a_quantised_engine_is_not_calibrated_on_what_it_is_judged_on(tiny, folder, tmp_path):
+    int8 = _quantised(tiny, tmp_path / "int8")
+    build_model_repository([int8], tmp_path / "r", profile="embedded", config=PipelineConfig())
+    (tmp_path / "other").mkdir()
+    other = labelled_scenes(tmp_path / "other", ("blue", "red"))
+
+    def never(*arguments):
+        raise AssertionError("something was built")
+
+    for calibration, reason in ((None, "none was given"), (folder, "judged on; give --cal")):
+        with pytest.raises(ValueError, match=rf"live detector is quantised.*{reason}"):
+            release(
+                tmp_path / "r", [exportable(ToyDetector(0))], folder, _NoServer(), export=never,
+                calibration=calibration,
+            )  # fmt: skip
+    check_calibration({DETECTOR: int8}, folder, other)
+    check_calibration({DETECTOR: tiny}, folder, None)
 
 
 @pytest.mark.parametrize(
