@@ -237,16 +237,16 @@ def _sam_parameters(artifacts: Mapping[str, ModelArtifact]) -> SamParameters | N
 # ---------------------------------------------------------------------------------------------
 
 
-def _engine_texts(
+def engine_config_text(
     artifact: ModelArtifact, profile: Profile, options: ServingOptions, version: int
-) -> dict[str, str]:
-    contract = artifact.contract
+) -> str:
+    """``config.pbtxt`` of an engine; raises ``ArtifactError`` where ``profile`` cannot serve it."""
     serving = engine_serving(artifact, profile)
     threads = {"python": THREADS_PARAMETER, "onnxruntime": "intra_op_thread_count"}
     settings = ModelSettings(
         serving=serving,
         engine_file=None if serving.opens_in_python else artifact.path.name,
-        batches_requests=contract.is_batched,
+        batches_requests=artifact.contract.is_batched,
         max_queue_delay_us=options.max_queue_delay_us,
         label_outputs=_LABEL_OUTPUTS.get(artifact.model, ()),
         warms_up=True,
@@ -257,13 +257,19 @@ def _engine_texts(
         ),
         version=version,
     )
-    texts = {}
-    if serving.opens_in_python:
+    return config_text(artifact.contract, settings, options)
+
+
+def _engine_texts(
+    artifact: ModelArtifact, profile: Profile, options: ServingOptions, version: int
+) -> dict[str, str]:
+    config = engine_config_text(artifact, profile, options, version)
+    texts = {f"{artifact.model}/{CONFIG_NAME}": config}
+    if engine_serving(artifact, profile).opens_in_python:
         texts[f"{artifact.model}/{version}/model.py"] = engine_model_py(artifact.model)
-    if settings.label_outputs:
+    if artifact.model in _LABEL_OUTPUTS:
         names: tuple[str, ...] = getattr(artifact.parameters, "class_names", ())
         texts[f"{artifact.model}/{LABELS_NAME}"] = "".join(f"{name}\n" for name in names)
-    texts[f"{artifact.model}/{CONFIG_NAME}"] = config_text(contract, settings, options)
     return texts
 
 
@@ -282,9 +288,8 @@ def engine_model_py(model: str) -> str:
     return _model_py(model, "engine_model", "EngineModel")
 
 
-def _clustering_texts(
-    models: PipelineModels, config: PipelineConfig, profile: Profile, version: int
-) -> dict[str, str]:
+def clustering_config_text(profile: Profile, version: int) -> str:
+    """``config.pbtxt`` of ``prompt_clustering``."""
     contract = engine_contract(PROMPT_CLUSTERING, ClusteringParameters())
     settings = ModelSettings(
         serving=EngineServing(backend="python"), batches_requests=False, version=version
@@ -296,13 +301,37 @@ def _clustering_texts(
             serving=EngineServing(backend="python", instance_kind="KIND_AUTO"),
             parameters=(("FORCE_CPU_ONLY_INPUT_TENSORS", "no"),),
         )
+    return config_text(contract, settings, ServingOptions())
+
+
+def _clustering_texts(
+    models: PipelineModels, config: PipelineConfig, profile: Profile, version: int
+) -> dict[str, str]:
     file = PipelineFile(models=models, config=config, members={})
     folder = f"{PROMPT_CLUSTERING}/{version}"
     return {
-        f"{PROMPT_CLUSTERING}/{CONFIG_NAME}": config_text(contract, settings, ServingOptions()),
+        f"{PROMPT_CLUSTERING}/{CONFIG_NAME}": clustering_config_text(profile, version),
         f"{folder}/model.py": _model_py(PROMPT_CLUSTERING, "clustering_model", "ClusteringModel"),
         f"{folder}/{PIPELINE_NAME}": pipeline_text(file),
     }
+
+
+def pipeline_config_text(
+    pipeline: str, passports: str, options: ServingOptions, version: int
+) -> str:
+    """``config.pbtxt`` of a pipeline; ``passports`` is what ``passports_text`` says of its engines."""
+    # No warm-up request here: the server loads models in no order of its own, and a pipeline that
+    # is warmed before its members are there would count as broken. The model warms its own parts
+    # when it is loaded, and its members have warm-ups of theirs.
+    settings = ModelSettings(
+        serving=EngineServing(backend="python"),
+        batches_requests=True,
+        queue_is_bounded=True,
+        instances=options.pipeline_instances,
+        parameters=((PASSPORTS_PARAMETER, passports),),
+        version=version,
+    )
+    return config_text(PIPELINE_CONTRACTS[pipeline], settings, options)
 
 
 def _pipeline_texts(
@@ -312,19 +341,9 @@ def _pipeline_texts(
     options: ServingOptions,
     version: int,
 ) -> dict[str, str]:
-    # No warm-up request here: the server loads models in no order of its own, and a pipeline that
-    # is warmed before its members are there would count as broken. The model warms its own parts
-    # when it is loaded, and its members have warm-ups of theirs.
-    settings = ModelSettings(
-        serving=EngineServing(backend="python"),
-        batches_requests=True,
-        queue_is_bounded=True,
-        instances=options.pipeline_instances,
-        parameters=((PASSPORTS_PARAMETER, passports_text(engines, file.members)),),
-        version=version,
-    )
+    passports = passports_text(engines, file.members)
     return {
-        f"{pipeline}/{CONFIG_NAME}": config_text(PIPELINE_CONTRACTS[pipeline], settings, options),
+        f"{pipeline}/{CONFIG_NAME}": pipeline_config_text(pipeline, passports, options, version),
         f"{pipeline}/{version}/model.py": _model_py(
             pipeline, "pipeline_models", _PIPELINE_CLASSES[pipeline]
         ),

@@ -1,10 +1,12 @@
 """Is this folder a model repository that our clients can use? Checked without starting a server.
 
-``config.pbtxt`` is parsed with Triton's own message type and compared with the contracts, so that
-a config edited by hand cannot drift from what export, server and client believe.
+``config.pbtxt`` is parsed with Triton's own message type and compared with the contracts and with
+what the builder would write, so that a config edited by hand cannot drift from what export, server
+and client believe. Numbers that an operator may choose (instances, delays, threads, queues) are
+free.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,19 @@ from weaksam_rt.contracts import (
     Parameters,
     TensorSpec,
 )
-from weaksam_rt.engine_serving import serving_difference
+from weaksam_rt.engine_serving import Profile, serving_difference
 from weaksam_rt.errors import ArtifactError
-from weaksam_rt.model_config import TRITON_TYPES
+from weaksam_rt.model_config import TRITON_TYPES, ServingOptions
 from weaksam_rt.model_repository import (
     CONFIG_NAME,
     PIPELINE_NAME,
     PipelineFile,
+    clustering_config_text,
+    engine_config_text,
     member_contracts,
     member_parameters,
+    passports_text,
+    pipeline_config_text,
     read_pipeline_file,
 )
 from weaksam_rt.pipeline import PipelineModels
@@ -121,9 +127,32 @@ def _check_version(folder: Path, version: Path, config: Any, with_engines: bool)
     if contract is None:
         return [*problems, "no pipeline or engine of ours has this name"]
     problems += contract_differences(config, contract) + _check_siblings(folder, file.models)
-    if int(version.name) in config.version_policy.specific.versions:
+    if _is_live(version, config):
         problems += _check_called_versions(folder, file, with_engines)
+        problems += serving_differences(config, _built_text(folder))
     return problems
+
+
+def _is_live(version: Path, config: Any) -> bool:
+    return int(version.name) in config.version_policy.specific.versions
+
+
+def _built_text(folder: Path) -> str:
+    """What the builder would write for a pipeline or ``prompt_clustering``."""
+    if folder.name == PROMPT_CLUSTERING:
+        return clustering_config_text(_profile_of(folder.parent), version=1)
+    return pipeline_config_text(folder.name, passports_text({}, {}), ServingOptions(), version=1)
+
+
+def _profile_of(repository: Path) -> Profile:
+    """Engines tell: only the ``container`` profile has other backends than Python."""
+    for path in repository.glob(f"*/{CONFIG_NAME}"):
+        try:
+            if read_model_config(path).backend != "python":
+                return "container"
+        except (OSError, text_format.ParseError):
+            continue  # reported for the model itself
+    return "embedded"
 
 
 def _check_engine(folder: Path, version: Path, config: Any) -> list[str]:
@@ -137,6 +166,10 @@ def _check_engine(folder: Path, version: Path, config: Any) -> list[str]:
     difference = serving_difference(artifact, backend=config.backend, platform=config.platform)
     if difference is not None:
         problems.append(difference)
+    elif _is_live(version, config):
+        profile: Profile = "embedded" if config.backend == "python" else "container"
+        text = engine_config_text(artifact, profile, ServingOptions(), version=1)
+        problems += serving_differences(config, text)
     if config.backend != "python" and config.default_model_filename != artifact.path.name:
         problems.append(f"its config opens {config.default_model_filename!r}, the engine is "
                         f"{artifact.path.name!r}")  # fmt: skip
@@ -212,6 +245,60 @@ def contract_differences(config: Any, contract: ModelContract) -> list[str]:
             if got.get(name) != expected.get(name)
         ]
     return problems
+
+
+def serving_differences(config: Any, built_text: str) -> list[str]:
+    """What a ``ModelConfig`` says otherwise than the builder about how its model is run.
+
+    Args:
+        config: Of the repository.
+        built_text: What the builder would write, with any versions and ``ServingOptions``.
+    """
+    built = text_format.Parse(built_text, model_config_pb2.ModelConfig())
+    problems = []
+    expected, found = _instances(built), _instances(config)
+    if found != expected:
+        problems.append(
+            f"its instances are {_in_words(found)}, the builder writes {_in_words(expected)}"
+        )
+    lost = [name for name, is_there in _PARTS.items() if is_there(built) and not is_there(config)]
+    lost += [f"parameter {key!r}" for key in built.parameters if key not in config.parameters]
+    return problems + [
+        f"its config has no {name}, the builder writes one; build the repository again"
+        for name in sorted(lost)
+    ]
+
+
+_PARTS: Mapping[str, Callable[[Any], bool]] = {
+    "dynamic_batching": lambda config: bool(config.HasField("dynamic_batching")),
+    "model_warmup": lambda config: bool(config.model_warmup),
+    "queue policy that rejects": lambda config: _rejects(config.dynamic_batching),
+}
+"""What a config may have, by name."""
+
+
+def _rejects(batching: Any) -> bool:
+    """A request that finds a full queue, or waits too long in it, is answered with an error."""
+    policy = batching.default_queue_policy
+    return bool(
+        policy.timeout_action == policy.REJECT
+        and policy.default_timeout_microseconds
+        and policy.allow_timeout_override
+        and policy.max_queue_size
+    )
+
+
+def _instances(config: Any) -> set[str]:
+    """Kind and optimisation profiles of all instances."""
+    return {
+        group.Kind.Name(group.kind)
+        + (f" with profiles {', '.join(group.profile)}" if group.profile else "")
+        for group in config.instance_group
+    }
+
+
+def _in_words(instances: set[str]) -> str:
+    return " and ".join(sorted(instances)) or "not named"
 
 
 def _described(tensor: Any) -> str:
