@@ -6,8 +6,9 @@ second one of the same topology (its weights, disturbed), and measures
 - ONNX Runtime: seconds to write the second checkpoint's weights into the first one's graph, and to
   export it anew, both with the comparison with PyTorch that ends them; then the two engines called
   in turns: their ratio is the refitted engine's slowdown.
-- TensorRT-RTX: size and build time with and without refitting allowed, and both called in turns.
-  This library builds refittable engines only where a GPU is: without one, that is what is said.
+- TensorRT-RTX: size and build time with and without refitting allowed, both called in turns, and
+  seconds to exchange the refittable one's weights for the second checkpoint's. This library
+  builds refittable engines only where a GPU is: without one, that is what is said.
 
 Ratios are of one run, repeat by repeat, with Student's interval over the repeats.
 """
@@ -28,26 +29,27 @@ from rich.progress import Progress
 from benchmarks.statistics import Estimate, quantile_estimate
 from export.__main__ import export_model
 from export.accept import accept_onnx
-from export.engines.base import EngineBuildError, EngineConfig
-from export.engines.build import build_engine
+from export.engines.base import EngineConfig
+from export.engines.build import build_engine, build_engine_like
 from export.engines.profiles import default_profiles
 from export.engines.tensorrt import this_gpu
 from export.exportable import Exportable, chosen_exportables
 from export.refit import RefitError, refit_onnx
-from export.verify import ParityError
 from training.engine.progress import stage_progress
 from training.engine.stage import git_commit
-from weaksam_rt.artifacts import ModelArtifact
+from weaksam_rt.artifacts import ModelArtifact, load_artifact
 from weaksam_rt.backends.base import Arrays
 from weaksam_rt.backends.engines import open_engine
 from weaksam_rt.backends.local import ModelFunction
-from weaksam_rt.errors import ArtifactError, BackendUnavailableError
+from weaksam_rt.errors import BackendUnavailableError, WeakSamError
 from weaksam_rt.files import atomic_path, write_json
 
 _DISTURBANCE = 1e-3
 """Of the second checkpoint's weights, relative."""
 _AHEAD_OF_TIME = ("8.9",)
 _RTX = "tensorrt-rtx"
+_SECOND = "second"
+"""Folder of the second checkpoint's export."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +84,8 @@ class RtxRow:
     """Of every build, likewise."""
     slowdown: Estimate | None
     """Seconds of the refittable engine by those of the other; None: not measured."""
+    refit_s: tuple[float, ...]
+    """Of every exchange of the refittable engine's weights; without the comparison that ends it."""
     remark: str
     """Why something is missing; empty: nothing is."""
 
@@ -104,7 +108,7 @@ def main(
         sam: Weights of training.train_sam, or an official checkpoint.
         repeats: Of each ratio, at least 2.
         calls: Of each engine in a repeat.
-        builds: Of each TensorRT-RTX engine, at least 1.
+        builds: Of each TensorRT-RTX engine, and refits, at least 1.
         output: Report without its endings.
     """
     chosen = chosen_exportables(detector, classifier, sam)
@@ -141,7 +145,7 @@ def _onnx_row(
     exportable: Exportable, first: ModelArtifact, folder: Path, repeats: int, calls: int
 ) -> RefitRow:
     second = _disturbed(exportable)
-    fresh = export_model(second, folder / "fresh")
+    fresh = export_model(second, folder / _SECOND)
     export_s, sha256 = fresh.passport.exporter["seconds"], exportable.source["sha256"]
     path = folder / "refit" / first.path.name
     path.parent.mkdir(parents=True)
@@ -242,20 +246,27 @@ def _rtx_row(
                 )
                 seconds[refittable].append(built.passport.exporter["seconds"])
                 engines[refittable] = built
-    except (EngineBuildError, BackendUnavailableError, ParityError, ValueError) as error:
+    except (WeakSamError, ValueError) as error:
         remark = str(error)
-    slowdown = None
+    slowdown, refit_s = None, []
     if not remark:
         try:
             opened = [open_engine(engines[refittable]) for refittable in (False, True)]
             slowdown = _ratio(opened, _one_image(exportable), repeats, calls)
-        except (ArtifactError, BackendUnavailableError) as error:
+            second = load_artifact(folder / _SECOND)
+            for number in range(builds):
+                refitted = build_engine_like(
+                    engines[True], second, folder / f"refit{number}", refit=True
+                )
+                refit_s.append(refitted.passport.exporter["refit"]["seconds"])
+        except (WeakSamError, ValueError) as error:
             remark = str(error)
     return RtxRow(
         model=source.model,
         size_bytes=tuple(engines[kind].path.stat().st_size for kind in sorted(engines)),
         build_s=tuple(tuple(seconds[kind]) for kind in sorted(engines)),
         slowdown=slowdown,
+        refit_s=tuple(refit_s),
         remark=remark,
     )
 
@@ -282,9 +293,9 @@ def _report(rows: Sequence[RefitRow], rtx: Sequence[RtxRow], facts: dict[str, ob
         "",
         "## TensorRT-RTX",
         "",
-        "| model | MB | MB refittable | build s | build s refittable | refittable by plain "
-        "engine's seconds |",
-        "|---|---|---|---|---|---|",
+        "| model | MB | MB refittable | build s | build s refittable | refit s | refittable by "
+        "plain engine's seconds |",
+        "|---|---|---|---|---|---|---|",
         *(_rtx_line(row) for row in rtx),
         "",
         *(
@@ -311,6 +322,7 @@ def _rtx_line(row: RtxRow) -> str:
         row.model,
         *[*sizes, "", ""][:2],
         *[*seconds, "", ""][:2],
+        f"{np.median(row.refit_s):.1f}" if row.refit_s else "",
         "not run" if row.slowdown is None else _shown(row.slowdown),
     )
     return f"| {' | '.join(cells)} |"

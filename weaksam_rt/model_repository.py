@@ -319,7 +319,7 @@ def _clustering_texts(
 def pipeline_config_text(
     pipeline: str, passports: str, options: ServingOptions, version: int
 ) -> str:
-    """``config.pbtxt`` of a pipeline; ``passports`` is what ``passports_text`` says of its engines."""
+    """``config.pbtxt`` of a pipeline whose engines ``passports`` (``passports_text``) describes."""
     # No warm-up request here: the server loads models in no order of its own, and a pipeline that
     # is warmed before its members are there would count as broken. The model warms its own parts
     # when it is loaded, and its members have warm-ups of theirs.

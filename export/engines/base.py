@@ -38,7 +38,9 @@ class EngineConfig:
     timing_cache: Path | None = None
     """Read and extended where the builder measures kernels: a second build is quicker."""
     refittable: bool = False
-    """Weights can be exchanged in the built engine (TensorRT's); an ONNX file's always can."""
+    """Weights can be exchanged in the built engine (TensorRT's). A built ONNX file has lowered
+    weights and is built anew; an exported one takes new weights where they fit
+    (``export.refit``)."""
 
     def __post_init__(self) -> None:
         for capability in self.compute_capabilities:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from export.agreement import Agreement, agreement, on_average, worst
+from export.agreement import Agreement, agreement, worst
 from export.engines.aot_inductor import AOT_ENGINES, AotInductorModel
 from export.engines.base import EnginePrecision
 from export.engines.profiles import Profile
@@ -75,7 +75,9 @@ def check_refit(
     """Raise ``RefitError`` where the engine may still have the weights of ``live``.
 
     A refit that changed nothing is within the limits of ``compare_with_source`` if the checkpoints
-    differ little, so the engine must be nearer to its checkpoint than to ``live``.
+    differ little, so the engine must be nearer to its checkpoint than to ``live``. That can be
+    asked where the checkpoints differ by more than rounding: were ``live`` its own distance from
+    its checkpoint away and the new checkpoint twice that, a right engine is nearer to the latter.
 
     Args:
         built: ``live`` with the weights of ``source``.
@@ -84,21 +86,19 @@ def check_refit(
         profiles: Sizes that the engines take; empty: all.
     """
     new, old, reference = _opened(built), _opened(live), OnnxRuntimeModel(source)
-    to_source, to_live, change = [], [], []
+    rounding = max(live.passport.worst_parity or 0.0, DISTANCE_LIMITS["fp32"])
     for arrays in _inputs(built, profiles):
-        answer, before, expected = new(arrays, None), old(arrays, None), reference(arrays)
-        to_source.append(agreement(built.model, expected, answer))
-        to_live.append(agreement(built.model, before, answer))
-        change.append(agreement(built.model, expected, before))
-    if worst(change).distance <= DISTANCE_LIMITS["fp32"]:
-        return  # The checkpoints answer alike: nothing could tell them apart, and nobody need.
-    found, before_it = on_average(to_source).distance, on_average(to_live).distance
-    if found >= before_it:
-        raise RefitError(
-            f"{built.model} for {built.engine} after its refit is at a distance of {found:.3g} "
-            f"from the new checkpoint and of {before_it:.3g} from the live engine: the old weights "
-            "may still be in it; build it anew"
-        )
+        expected, before, answer = reference(arrays), old(arrays, None), new(arrays, None)
+        if agreement(built.model, expected, before).distance <= 2 * rounding:
+            continue
+        to_source = agreement(built.model, expected, answer).distance
+        to_live = agreement(built.model, before, answer).distance
+        if to_source >= to_live:
+            raise RefitError(
+                f"{built.model} for {built.engine} after its refit is at a distance of "
+                f"{to_source:.3g} from the new checkpoint and of {to_live:.3g} from the live "
+                "engine: the old weights may still be in it; build it anew"
+            )
 
 
 def parity_of(found: Agreement) -> dict[str, dict[str, float]]:
