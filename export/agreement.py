@@ -36,9 +36,9 @@ class Agreement:
     """Smallest cosine of an output with what it should be, in [-1, 1]; -1 where not finite."""
     distance: float
     """What is judged. Detector: 1 - mean IoU of the best candidates with their partners of the
-    same label, times how well the scores agree and, where it has masks, times the IoU of the
-    partners' masks. Others: norm of the difference over the norm, the worst output. inf where not
-    finite.
+    same label, times how well the scores agree; where it has masks, or 1 - mean IoU of the
+    partners' masks if that is more. Others: norm of the difference over the norm, the worst output.
+    inf where not finite.
     """
 
 
@@ -49,7 +49,7 @@ def agreement(model: str, expected: Answer, got: Answer) -> Agreement:
         return Agreement(finite=False, max_error=np.inf, cosine=-1.0, distance=np.inf)
     pairs = [(expected[n].astype(np.float64), got[n].astype(np.float64)) for n in names]
     if model == DETECTOR:
-        distance = 1 - _matched_quality(expected, got)
+        distance = 1 - min(_matched_qualities(expected, got))
     else:
         distance = max(_ratio(_norm(b - a), _norm(a)) for a, b in pairs)
     return Agreement(
@@ -128,9 +128,11 @@ def _num_found(wanted: PointPrompts, there: PointPrompts) -> int:
     return int(is_partner.any(axis=1).sum())
 
 
-def _matched_quality(expected: Answer, got: Answer) -> float:
-    """In [0, 1]; candidates have no order that survives rounding, so each looks for its partner."""
-    qualities = []
+def _matched_qualities(expected: Answer, got: Answer) -> list[float]:
+    """Of the boxes and, where there are any, of the masks; in [0, 1]. Candidates have no order that
+    survives rounding, so each looks for its partner.
+    """
+    of_boxes, of_masks = [], []
     for image in range(len(expected["boxes"])):
         best = expected["scores"][image].argsort()[::-1][:_DETECTIONS]
         boxes, labels = expected["boxes"][image][best], expected["labels"][image][best]
@@ -141,11 +143,16 @@ def _matched_quality(expected: Answer, got: Answer) -> float:
         overlap = np.where(labels[:, None] == got["labels"][image][None], overlap, 0.0)
         partner = overlap.argmax(axis=1)
         change = np.abs(got["scores"][image][partner] - scores)
-        quality = overlap[np.arange(len(best)), partner] * (1 - change)
+        found = overlap[np.arange(len(best)), partner]
+        of_boxes.append(found * (1 - change))
         if _MASKS in expected:
-            quality *= _mask_iou(expected[_MASKS][image][best], got[_MASKS][image][partner])
-        qualities.append(quality)
-    return float(np.mean(qualities))
+            pairs = expected[_MASKS][image][best], got[_MASKS][image][partner]
+            of_masks.append(_mask_iou(*pairs)[found > 0])  # the rest has no partner
+    return [_mean(np.concatenate(parts)) for parts in (of_boxes, of_masks) if parts]
+
+
+def _mean(qualities: NDArray[np.float64]) -> float:
+    return float(qualities.mean()) if len(qualities) else 0.0
 
 
 def _mask_iou(expected: NDArray[Any], got: NDArray[Any]) -> NDArray[np.float64]:

@@ -102,6 +102,8 @@ def test_masks_are_compared_with_those_of_the_partners():
     assert agreement(DETECTOR, expected, rounded).distance == pytest.approx(0, abs=1e-6)
     inverted = {**expected, "mask_logits": -expected["mask_logits"]}
     assert agreement(DETECTOR, expected, inverted).distance == pytest.approx(1)
+    elsewhere = {**inverted, "boxes": inverted["boxes"] + 100}
+    assert agreement(DETECTOR, expected, elsewhere).distance == pytest.approx(1)
     displaced = _with_masks(_detections(), (1, 1, 2))  # a mask of two rows for one
     assert agreement(DETECTOR, expected, displaced).distance == pytest.approx(1 / 6, abs=1e-6)
 
