@@ -212,7 +212,7 @@ def test_an_engine_with_wrong_masks_is_refused_though_its_boxes_are_right(tmp_pa
     wrong = onnx.load(source.path)
     mask = next(t for t in wrong.graph.initializer if t.name == "mask")
     mask.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(mask), mask.name))
-    with pytest.raises(ParityError, match=r"distance 0\.\d+ beside .* for image \[2, 16, 16, 3\]"):
+    with pytest.raises(ParityError, match=r"distance [01]\S* beside .* for image \[2, 16, 16, 3\]"):
         build_engine(source, tmp_path / "wrong", engine="onnxruntime", config=config, graph=wrong)
     assert not (tmp_path / "wrong" / "manifest.json").exists()
 
