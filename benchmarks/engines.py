@@ -65,6 +65,7 @@ SERVED, ENGINE_SERVED, HERE, SESSION = (
     "bare session",
 )
 OVERHEAD, BESIDE = "overhead of serving", "beside the session"
+SHARE = "served, share of the best bare session"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,18 +294,16 @@ def _saturation_metrics(rates: Times) -> list[Metric]:
         )
         for name, repeats in rates.items()
     ]
-    bare = {name: repeats for name, repeats in rates.items() if name != SERVED}
-    best = max(bare, key=lambda name: float(np.median(bare[name])))
+    best = _best_bare(rates)
     shares = tuple((s[0] / b[0],) for s, b in zip(rates[SERVED], rates[best], strict=True))
-    metrics.append(
-        Metric(
-            name=f"served, share of the best bare session ({best.removeprefix(SESSION + ', ')})",
-            unit="share",
-            better="higher",
-            repeats=shares,
-        )
-    )
+    metrics.append(Metric(name=SHARE, unit="share", better="higher", repeats=shares))
     return metrics
+
+
+def _best_bare(rates: Times) -> str:
+    """Name of the way to call the bare session that made most images a second."""
+    bare = {name: repeats for name, repeats in rates.items() if name != SERVED}
+    return max(bare, key=lambda name: float(np.median(bare[name])))
 
 
 def _waterfall(metrics: Sequence[Metric]) -> Waterfall:
@@ -347,15 +346,15 @@ def _notes(
     metrics: Sequence[Metric], statistics: dict[str, ModelStatistics], saturated: _Saturated
 ) -> list[str]:
     medians = {m.name: float(np.median(m.samples)) for m in metrics}
-    share = next(m for m in metrics if m.unit == "share")
     cpu = saturated.cpu_ms
     outside = sum(cpu.values()) - cpu[DETECTOR]
     ceiling = cpu[DETECTOR] / sum(cpu.values())
     return [
         f"Overhead of serving: {medians[OVERHEAD]:.2f} ms; beside the session: "
         f"{medians[BESIDE]:.2f} ms.",
-        f"Saturated: {np.median(share.samples):.2f}, {share.name}; it also "
-        "decodes and answers, and the load generator runs on the same cores.",
+        f"Saturated: served {medians[SHARE]:.2f} of the best bare session "
+        f"({_best_bare(saturated.rates).removeprefix(SESSION + ', ')}); it also decodes and "
+        "answers, and the load generator runs on the same cores.",
         f"An image takes {cpu[DETECTOR]:.1f} ms of CPU in the engine's process and {outside:.1f} "
         f"ms outside it, {cpu[LOAD_GENERATOR]:.1f} of them in the load generator: with every core "
         f"busy, at most {ceiling:.2f} of what the engine's process does alone can be served.",

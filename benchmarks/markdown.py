@@ -22,7 +22,7 @@ def metric_table(metrics: Sequence[Metric]) -> str:
     header = (
         "metric",
         "unit",
-        *map(_quantile_name, QUANTILES),
+        *map(quantile_name, QUANTILES),
         "repeats x samples",
         "of the floor",
     )
@@ -34,7 +34,7 @@ def metric_rows(metrics: Sequence[Metric]) -> Table:
     header = (
         "metric",
         "unit",
-        *map(_quantile_name, QUANTILES),
+        *map(quantile_name, QUANTILES),
         "repeats x samples",
         "of the floor",
     )
@@ -83,6 +83,11 @@ def number(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
+def quantile_name(q: float) -> str:
+    """p99 for 0.99."""
+    return f"p{100 * q:g}"
+
+
 def _surroundings(result: BenchmarkResult) -> str:
     return "\n".join(f"- {name}: {text}" for name, text in surroundings(result)) + "\n"
 
@@ -105,10 +110,6 @@ def _estimate(metric: Metric, q: float) -> str:
     if estimate.low == estimate.high:
         return number(estimate.value)
     return f"{number(estimate.value)} ({number(estimate.low)} to {number(estimate.high)})"
-
-
-def _quantile_name(q: float) -> str:
-    return f"p{100 * q:g}"
 
 
 def _clock(megahertz: float | None) -> str:

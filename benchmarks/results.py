@@ -70,7 +70,8 @@ class Metric:
 
     def quantile(self, q: float) -> Estimate | None:
         """The quantile and its interval; None where too few samples lie beyond it."""
-        if (1 - q) * len(self.samples) < _SAMPLES_BEYOND and len(self.samples) > 1:
+        # Of a single sample the median is shown: it is the sample.
+        if q > 0.5 and (1 - q) * len(self.samples) < _SAMPLES_BEYOND:
             return None
         return quantile_estimate(self.repeats, q)
 

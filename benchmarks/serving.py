@@ -92,8 +92,10 @@ class _Measured:
     """By concurrency."""
     statistics: dict[int, dict[str, ModelStatistics]]
     """Triton's, by concurrency, over all repeats."""
+    capacity: float
+    """Highest closed-loop throughput, images a second; what the loads are shares of."""
     opened: dict[float, list[Load]]
-    """By offered rate."""
+    """By share of the capacity."""
     probes: list[Probe]
     """Of the search for the highest goodput."""
 
@@ -139,7 +141,11 @@ def measure(
     return recorder.result(
         _metrics(measured, floor_ms),
         series=_series(measured, config),
-        tables=(_statistics_table(measured), _wire_table(wire.request, wire.response)),
+        tables=(
+            _offered_table(measured),
+            _statistics_table(measured),
+            _wire_table(wire.request, wire.response),
+        ),
         notes=_notes(measured, config, peaks),
     )
 
@@ -168,7 +174,12 @@ async def _run(address: str, calls: Sequence[Any], config: ServingConfig) -> _Me
             progress.update(task, description="highest goodput")
             probes = await _probes(send, capacity, config)
     return _Measured(
-        warm_up=warmed, closed=closed, statistics=statistics, opened=opened, probes=probes
+        warm_up=warmed,
+        closed=closed,
+        statistics=statistics,
+        capacity=capacity,
+        opened=opened,
+        probes=probes,
     )
 
 
@@ -190,10 +201,10 @@ async def _closed_loops(
 async def _open_loops(
     send: Send, capacity: float, config: ServingConfig
 ) -> dict[float, list[Load]]:
-    loads: dict[float, list[Load]] = {share * capacity: [] for share in config.loads}
+    loads: dict[float, list[Load]] = {share: [] for share in config.loads}
     for repeat in range(config.repeats):
-        for rate, done in loads.items():
-            arrivals = poisson_arrivals(rate, limits=config.limits, seed=_SEED + repeat)
+        for share, done in loads.items():
+            arrivals = poisson_arrivals(share * capacity, limits=config.limits, seed=_SEED + repeat)
             done.append(await open_loop(send, arrivals))
     return loads
 
@@ -247,10 +258,10 @@ def _metrics(measured: _Measured, floor_ms: float) -> list[Metric]:
                 floor_reason=reason,
             )
         )
-    for rate, loads in measured.opened.items():
+    for share, loads in measured.opened.items():
         metrics.append(
             Metric(
-                name=f"latency, open loop, {rate:.1f} images/s offered",
+                name=f"latency, open loop, {share:.0%} of capacity",
                 unit="ms",
                 repeats=_latencies(loads),
                 floor=floor_ms,
@@ -292,8 +303,8 @@ def _series(measured: _Measured, config: ServingConfig) -> list[Series]:
     if config.slo:
         slo = Slo.parse(config.slo)
         points = [
-            _point(rate, [load.goodput(slo.limit_ms) for load in loads])
-            for rate, loads in measured.opened.items()
+            _point(share * measured.capacity, [load.goodput(slo.limit_ms) for load in loads])
+            for share, loads in measured.opened.items()
         ]
         points += [_point(p.rate, [p.load.goodput(slo.limit_ms)]) for p in measured.probes]
         series.append(
@@ -346,6 +357,17 @@ def _wire_table(request: int, response: int) -> Table:
         title="Bytes on the wire, as protocol messages",
         header=("request", "response"),
         rows=((f"{request:,}", f"{response:,}"),),
+    )
+
+
+def _offered_table(measured: _Measured) -> Table:
+    return Table(
+        title="What the open loops offered; capacity is the highest closed-loop throughput",
+        header=("share of capacity", "images/s"),
+        rows=tuple(
+            (f"{share:.0%}", f"{share * measured.capacity:.1f}")
+            for share in (*measured.opened, 1.0)
+        ),
     )
 
 

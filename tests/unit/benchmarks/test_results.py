@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from benchmarks.compare import (
     NOT_COMPARABLE,
     NOTHING_WORSE,
     SOMETHING_WORSE,
+    compare_results,
     hindrances,
 )
 from benchmarks.compare import main as compare_files
@@ -128,6 +130,31 @@ def test_a_quantile_without_samples_beyond_it_is_not_shown():
     assert few.quantile(0.99) is None
 
 
+def test_a_single_sample_has_a_median_and_no_tail():
+    one = Metric(name="m", unit="ms", repeats=((3.0,),))
+    assert one.quantile(0.5).value == 3.0
+    assert one.quantile(0.9) is one.quantile(0.999) is None
+
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+
+
+def of_the_form(path):
+    content = json.loads(path.read_text())
+    return isinstance(content, dict) and "format" in content
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(RESULTS.glob("*.json")) if of_the_form(p)], ids=lambda p: p.stem
+)
+def test_every_result_that_is_kept_can_be_shown_and_compared(path):
+    kept = read_result(path)
+    assert kept.title in markdown(kept)
+    assert "worse" not in {
+        v.comparison.verdict for v in compare_results(kept, kept, least_change=0)
+    }
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0, "0"), (1234.5, "1,234"), (12.34, "12.3"), (0.01234, "0.0123")]
 )
@@ -155,6 +182,53 @@ def test_equal_results_compare_as_the_same_and_a_slower_one_as_worse(write, caps
     assert compare_files(first, slower) == SOMETHING_WORSE
     assert compare_files(slower, first) == NOTHING_WORSE
     assert "better" in capsys.readouterr().out
+
+
+def metric(name="latency", *, tail=0.0, num_repeats=5, size=30, better="lower"):
+    """Repeats whose best nine tenths are alike; ``tail`` is added to the last one of each."""
+    repeats = tuple(
+        tuple(10 + 0.01 * i + 0.001 * k + tail * (k >= 0.9 * size) for k in range(size))
+        for i in range(num_repeats)
+    )
+    return Metric(name=name, unit="ms", repeats=repeats, better=better)
+
+
+def test_a_worse_tail_is_found_where_the_median_stays(write, capsys):
+    first = write("a.json", metrics=(metric(),))
+    assert compare_files(first, write("b.json", metrics=(metric(tail=9.0),))) == SOMETHING_WORSE
+    out = capsys.readouterr().out
+    assert "p90" in out
+    assert "Of 2 comparisons: 1 worse, 1 same." in out
+    few = write("c.json", metrics=(metric(size=5),))
+    assert compare_files(few, few) == NOTHING_WORSE
+    assert "Of 1 comparisons" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("better", "size", "quantiles"),
+    [("lower", 100, [0.5, 0.99]), ("lower", 99, [0.5, 0.9]), ("higher", 20, [0.5, 0.1])],
+)
+def test_the_highest_tail_with_samples_beyond_it_is_compared(better, size, quantiles):
+    one = dataclasses.replace(result(), metrics=(metric(size=size, better=better),))
+    found = compare_results(one, one, least_change=0.05)
+    assert [v.quantile for v in found] == pytest.approx(quantiles)
+
+
+def test_a_metric_without_partner_is_a_failure_unless_it_may_be_missing(write, capsys):
+    both = write("a.json", metrics=(metric("p"), metric("q")))
+    one = write("b.json", metrics=(metric("p"),))
+    assert compare_files(both, one) == NOT_COMPARABLE
+    assert "Missing in the second: q" in capsys.readouterr().err
+    assert compare_files(both, one, allow_missing=True) == NOTHING_WORSE
+    assert compare_files(one, both) == NOTHING_WORSE
+    assert "Only in the second: q" in capsys.readouterr().out
+
+
+def test_verdicts_that_could_not_be_reached_are_counted_with_their_reason(write, capsys):
+    one, other = (metric(num_repeats=3, size=5, tail=tail) for tail in (0.0, 90.0))
+    assert compare_files(write("a.json", metrics=(one,)), write("b.json", metrics=(other,))) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no verdict; 1 UNDECIDED (1 for fewer than 4 repeats: measure again with more)" in said
 
 
 def test_other_machines_and_other_accuracies_are_refused_unless_forced(write, capsys):

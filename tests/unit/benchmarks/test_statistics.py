@@ -71,6 +71,12 @@ def test_a_trifle_is_the_same_however_certain_and_three_repeats_decide_nothing()
     assert few.change == pytest.approx(1.0)
 
 
+def test_a_difference_that_sinks_below_zero_further_gets_less():
+    found = compare([[-1.0]] * 5, [[-2.0]] * 5, lower_is_better=True, least_change=0.05)
+    assert found.change == -1.0
+    assert found.verdict == "better"
+
+
 def test_the_warm_up_ends_where_the_values_settle():
     rng = np.random.default_rng(3)
     settled = list(10 + rng.normal(0, 0.5, 150))
