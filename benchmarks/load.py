@@ -96,9 +96,9 @@ class Load:
         """Good answers a second."""
         return len(self.latencies_ms) / self.seconds
 
-    def goodput(self, limit_ms: float) -> float:
-        """Good answers a second that came within ``limit_ms``."""
-        return sum(latency <= limit_ms for latency in self.latencies_ms) / self.seconds
+    def share_within(self, limit_ms: float) -> float:
+        """Share of all requests, in [0, 1], that got a good answer within ``limit_ms``."""
+        return sum(latency <= limit_ms for latency in self.latencies_ms) / len(self.samples)
 
     def quantile_with_errors(self, q: float) -> float:
         """Latency quantile in ms in which a request that failed took forever."""
@@ -143,12 +143,15 @@ async def closed_loop(send: Send, *, concurrency: int, limits: Limits) -> Load:
 def poisson_arrivals(rate: float, *, limits: Limits, seed: int) -> list[float]:
     """Arrival times in seconds of a Poisson process of ``rate`` a second, ascending, within
     ``limits``; at least one.
+
+    Their number is the expected one and only the times are drawn, which is a Poisson process given
+    its number: with the number drawn too, short loads of one name would offer very different loads.
     """
     if rate <= 0:
         raise ValueError(f"rate is {rate}, expected above 0")
-    gaps = np.random.default_rng(seed).exponential(1 / rate, size=limits.requests)
-    times = np.cumsum(gaps) - gaps[0]
-    return [float(t) for t in times[times <= limits.seconds]]
+    number = max(1, min(round(rate * limits.seconds), limits.requests))
+    times = np.random.default_rng(seed).uniform(0, min(number / rate, limits.seconds), number)
+    return [float(t) for t in np.sort(times)]
 
 
 async def open_loop(send: Send, arrivals: Sequence[float], *, max_in_flight: int = 1000) -> Load:

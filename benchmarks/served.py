@@ -154,6 +154,25 @@ def since(
     return found
 
 
+def together(parts: Sequence[Mapping[str, ModelStatistics]]) -> dict[str, ModelStatistics]:
+    """Several whiles as one, by model; a model counts where it was asked."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _sum([part[name] for part in parts if name in part]) for name in names}
+
+
+def _sum(parts: Sequence[ModelStatistics]) -> ModelStatistics:
+    requests = sum(part.requests for part in parts)
+    return ModelStatistics(
+        requests=requests,
+        executions=sum(part.executions for part in parts),
+        inferences=sum(part.inferences for part in parts),
+        milliseconds={
+            phase: sum(part.milliseconds[phase] * part.requests for part in parts) / requests
+            for phase in _PHASES
+        },
+    )
+
+
 def _statistics(model: Any) -> ModelStatistics:
     requests = model.inference_stats.success.count
     phases = {phase: getattr(model.inference_stats, phase) for phase in _PHASES}

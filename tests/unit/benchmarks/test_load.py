@@ -1,10 +1,12 @@
 import asyncio
+import dataclasses
 
 import numpy as np
 import pytest
 
-from benchmarks.goodput import Slo, best_probe, search_rate
+from benchmarks.goodput import Slo, best_probe, confirm, goodput, search_rate
 from benchmarks.load import Limits, Load, Sample, closed_loop, open_loop, poisson_arrivals, warm_up
+from benchmarks.served import ModelStatistics, together
 from weaksam_rt.errors import InferenceError
 
 
@@ -57,7 +59,9 @@ def test_poisson_arrivals_are_random_reproducible_and_bounded():
     assert np.std(gaps) == pytest.approx(0.1, rel=0.05)  # a Poisson process, not a metronome
     assert arrivals == poisson_arrivals(10, limits=limits, seed=1)
     assert arrivals != poisson_arrivals(10, limits=limits, seed=2)
+    assert arrivals == sorted(arrivals)
     assert arrivals[-1] <= 1000
+    assert len(arrivals) == 10_000  # what is offered is what the load is called
     assert len(poisson_arrivals(10, limits=Limits(seconds=1000, requests=7), seed=1)) == 7
 
 
@@ -89,7 +93,7 @@ def test_a_failure_is_counted_and_never_counts_as_fast():
     assert load.failures == ("10 failed between 0 and 0 s: InferenceError: no: N ms",)
     assert len(load.latencies_ms) == 10
     assert load.quantile_with_errors(0.9) == float("inf")
-    assert load.goodput(1e6) == pytest.approx(load.throughput)
+    assert load.share_within(1e6) == 0.5
 
 
 def test_the_warm_up_goes_on_until_it_settles():
@@ -122,23 +126,70 @@ def test_a_promise_of_another_form_is_refused(text):
         Slo.parse(text)
 
 
+def load_of(rate, latencies_s):
+    samples = tuple(
+        Sample(intended=i / rate, sent=i / rate, done=i / rate + latency, error=None)
+        for i, latency in enumerate(latencies_s)
+    )
+    return Load(samples=samples, seconds=max(sample.done for sample in samples))
+
+
+class Queue:
+    """A service whose latency grows as the rate comes near 80 a second."""
+
+    def __init__(self):
+        self.offered = []
+
+    async def __call__(self, rate):
+        self.offered.append(rate)
+        return load_of(rate, [0.01 / max(1e-3, 1 - rate / 80)] * 50)
+
+
 def test_the_search_finds_the_load_at_which_a_queue_breaks_the_promise():
-    capacity = 80.0
-
-    async def offer(rate):
-        latency_s = 0.01 / max(1e-3, 1 - rate / capacity)  # a queue's
-        samples = tuple(
-            Sample(intended=i / rate, sent=i / rate, done=i / rate + latency_s, error=None)
-            for i in range(50)
-        )
-        return Load(samples=samples, seconds=50 / rate)
-
     slo = Slo.parse("p99=50ms")
-    probes = asyncio.run(search_rate(slo, offer, highest=100.0, steps=9))
+    probes = asyncio.run(search_rate(slo, Queue(), highest=100.0, steps=9))
     best = best_probe(probes)
     assert best.rate == pytest.approx(64, abs=100 / 2**8)
     assert [p.rate for p in probes] == sorted(p.rate for p in probes)
-    assert (
-        best_probe(asyncio.run(search_rate(Slo.parse("p99=5ms"), offer, highest=9, steps=3)))
-        is None
-    )
+    hasty = asyncio.run(search_rate(Slo.parse("p99=5ms"), Queue(), highest=9, steps=3))
+    assert best_probe(hasty) is None
+
+
+def test_what_was_found_by_luck_is_not_confirmed():
+    slo, offer = Slo.parse("p99=50ms"), Queue()
+    probes = asyncio.run(search_rate(slo, offer, highest=100.0, steps=5))
+    found = best_probe(probes).rate
+    lucky = dataclasses.replace(probes[-1], is_met=True)  # 100 a second, kept once
+    offer.offered.clear()
+    confirmed = asyncio.run(confirm(slo, offer, [*probes, lucky], repeats=3))
+    assert offer.offered == [100.0] * 3 + [found] * 3
+    assert [(p.rate, p.is_met, len(p.loads)) for p in confirmed] == [
+        (found, True, 3),
+        (100.0, False, 3),
+    ]
+
+
+def test_a_promise_is_kept_by_all_requests_together():
+    slo = Slo.parse("p99=50ms")
+    good, bad = load_of(10, [0.01] * 100), load_of(10, [0.01] * 98 + [1.0] * 2)
+    assert not slo.is_met([bad])
+    assert slo.is_met([bad, *[good] * 4])
+
+
+def test_goodput_is_what_came_in_time_and_never_more_than_was_offered():
+    slo = Slo.parse("p99=50ms")
+    assert goodput(10, load_of(10, [0.01] * 20), slo) == 10
+    assert goodput(10, load_of(10, [0.01] * 15 + [1.0] * 5), slo) == pytest.approx(7.5)
+
+
+def test_statistics_of_several_whiles_are_one():
+    def part(requests, queue):
+        phases = {"compute_input": 0.0, "compute_infer": 1.0, "compute_output": 0.0}
+        return ModelStatistics(
+            requests=requests, executions=requests // 2, inferences=requests,
+            milliseconds={"queue": queue, **phases},
+        )  # fmt: skip
+
+    whole = together([{"a": part(10, 1.0)}, {"a": part(30, 5.0), "b": part(2, 7.0)}])
+    assert whole["a"] == part(40, 4.0)
+    assert whole["b"] == part(2, 7.0)
