@@ -134,7 +134,10 @@ def explain(exported: ExportedModels, data: bytes, config: ExplainConfig) -> Ben
     return recorder.result(
         metrics,
         waterfalls=(Waterfall(title="One request, medians", stages=stages),),
-        tables=(_roofline_table(stages, calls, costs, peaks), model_table(exported, calls, peaks)),
+        tables=(
+            _roofline_table(stages, calls, costs, peaks),
+            model_table(exported, calls, peaks, threads=config.threads),
+        ),
         notes=_notes(stages, costs, peaks),
     )
 
@@ -248,9 +251,11 @@ def _roofline_table(
     )  # fmt: skip
 
 
-def model_table(exported: ExportedModels, calls: Sequence[EngineCall], peaks: Peaks) -> Table:
+def model_table(
+    exported: ExportedModels, calls: Sequence[EngineCall], peaks: Peaks, *, threads: int = 0
+) -> Table:
     """Operations, memory and floor of every engine, predicted from its graph, beside the memory
-    that a process takes for it.
+    that a process takes for it when it opens it as a server does, with ``threads`` threads.
 
     The engines that the request did not call are shown at the smallest sizes of their contracts.
     """
@@ -265,16 +270,18 @@ def model_table(exported: ExportedModels, calls: Sequence[EngineCall], peaks: Pe
                 for spec in artifact.contract.inputs
             }
         cost = cost_of_model(load_graph(artifact.path), shapes)
-        taken = measured_memory(artifact.path.parent, shapes)
+        taken = measured_memory(artifact.path.parent, shapes, threads=threads)
+        predicted = taken.num_sessions * cost.weight_bytes + cost.activation_bytes
         rows.append(
             (
                 artifact.model,
                 ", ".join("x".join(map(str, shape)) for shape in shapes.values()),
                 f"{cost.flops / 1e9:.2f}",
-                f"{cost.weight_bytes / 1e6:.1f}",
+                f"{taken.num_sessions} x {cost.weight_bytes / 1e6:.1f}",
                 f"{cost.activation_bytes / 1e6:.1f}",
-                f"{cost.memory_bytes / 1e6:.1f}",
-                f"{taken / 1e6:.1f}",
+                f"{predicted / 1e6:.1f}",
+                f"{taken.num_bytes / 1e6:.1f}",
+                f"{taken.num_bytes / predicted:.2f}",
                 f"{1e3 * peaks.floor_s(cost.flops, cost.least_bytes):.2f}",
             )
         )
@@ -282,7 +289,7 @@ def model_table(exported: ExportedModels, calls: Sequence[EngineCall], peaks: Pe
         title="Models: predicted from the graph, and the memory that a process took",
         header=(
             "model", "inputs", "GFLOP", "weights, MB", "activations, MB", "both, MB",
-            "measured, MB", "floor, ms",
+            "measured, MB", "measured / predicted", "floor, ms",
         ),
         rows=tuple(rows),
     )  # fmt: skip
@@ -298,10 +305,14 @@ def _notes(
         f"Bottleneck: {worst.name} ({share}). To change it: {ADVICE[worst.name]}.",
         f"Measured peaks: {peaks.flops / 1e9:.0f} GFLOP/s in a float32 matrix product, "
         f"{peaks.bytes / 1e9:.1f} GB/s in a copy.",
+        "Stages without a floor do no products: decoding, clustering, resizing and suppression "
+        "branch on what they read, and their operations follow from no graph. Their bytes alone "
+        "would give a floor far below anything that can be built.",
     ]
     if worst.name in costs:
         lost = worst.milliseconds - _floor_ms(costs[worst.name], peaks)
         notes.append(
-            f"Of the bottleneck, {lost:.1f} ms lie above the floor: no setting gains more."
+            f"Of the bottleneck, {lost:.1f} ms lie above the floor: doing the same operations "
+            "better gains no more; doing fewer of them lowers the floor itself."
         )
     return notes

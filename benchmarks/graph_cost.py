@@ -45,11 +45,6 @@ class GraphCost:
         """That must be read or written at least: weights once, inputs and outputs once."""
         return self.weight_bytes + self.io_bytes
 
-    @property
-    def memory_bytes(self) -> int:
-        """Weights and live activations."""
-        return self.weight_bytes + self.activation_bytes
-
 
 def load_graph(path: Path) -> ModelProto:
     """The model at ``path``, with its weights."""

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from benchmarks.graph_cost import GraphCost, cost_of_model, load_graph
 from weaksam_rt.artifacts import ModelArtifact
 from weaksam_rt.backends.base import Arrays
+from weaksam_rt.backends.engines import open_engine
 from weaksam_rt.backends.local import ModelFunction
-from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 from weaksam_rt.client.messages import Call, detect_call, propose_call, segment_call
 from weaksam_rt.contracts import PROMPT_CLUSTERING
 from weaksam_rt.errors import InferenceError
@@ -86,11 +86,11 @@ class TracedPipeline:
     """One of the three pipelines in this process, from an image's bytes to a result."""
 
     def __init__(self, exported: ExportedModels, name: PipelineName, *, threads: int = 0) -> None:
-        """Open the engines with ``threads`` threads an operator; 0: all cores."""
+        """Open the engines as a server does, with ``threads`` threads; 0: all cores."""
         self._name = name
         by_model = {artifact.model: artifact for artifact in exported.artifacts}
         engines: dict[str, ModelFunction] = {
-            model: OnnxRuntimeModel(artifact, num_threads=threads)
+            model: open_engine(artifact, num_threads=threads)
             for model, artifact in by_model.items()
         }
         engines[PROMPT_CLUSTERING] = partial(

@@ -43,8 +43,8 @@ from training.models.sam_adapters import SamImageEncoderAdapter, SamMaskDecoderA
 from training.torch_backend import TorchModel
 from weaksam_rt.artifacts import load_artifact
 from weaksam_rt.backends.base import Arrays
+from weaksam_rt.backends.engines import open_engine
 from weaksam_rt.backends.local import LocalBackend, ModelFunction
-from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 from weaksam_rt.boxes import box_iou
 from weaksam_rt.config import PipelineConfig
 from weaksam_rt.contracts import (
@@ -293,7 +293,7 @@ def _ways(sam: Sam, config: ProposalsConfig, models: Path | None) -> dict[str, W
         ways[_TORCH] = our_way(*torch_models(sam, config), config)
     if models is not None:
         artifacts = _engine_artifacts(models)
-        engines: dict[str, ModelFunction] = {a.model: OnnxRuntimeModel(a) for a in artifacts}
+        engines: dict[str, ModelFunction] = {a.model: open_engine(a) for a in artifacts}
         parameters = artifacts[0].parameters
         assert isinstance(parameters, SamParameters)
         ways[_ENGINES] = our_way(engines, parameters, config)

@@ -156,6 +156,8 @@ def test_stages_are_explained_down_to_a_line_of_configuration(exported):
     assert ADVICE[worst.name] in result.notes[0]
     models = next(table for table in result.tables if table.title.startswith("Models"))
     assert [row[0] for row in models.rows] == [a.model for a in exported.artifacts]
+    ratio = models.header.index("measured / predicted")
+    assert all(float(row[ratio]) > 0 for row in models.rows)
 
 
 def test_a_bare_session_stands_beside_the_served_one(exported):

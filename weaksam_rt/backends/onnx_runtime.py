@@ -57,6 +57,11 @@ class OnnxRuntimeModel:
             self._row_session = _open(artifact, 1, device)
             self._lanes = ThreadPoolExecutor(self._num_lanes, "row")
 
+    @property
+    def num_sessions(self) -> int:
+        """Sessions held; each has the weights."""
+        return 2 if self._num_lanes > 1 else 1
+
     def __call__(
         self, inputs: Arrays, outputs: Sequence[str] | None = None
     ) -> dict[str, NDArray[Any]]:

@@ -1,5 +1,6 @@
 """The counter over ONNX graphs beside PyTorch's own over the modules they come from."""
 
+import json
 from pathlib import Path
 
 import onnx
@@ -13,6 +14,8 @@ from benchmarks.graph_cost import cost_of_model, load_graph
 from training.models.detector_adapter import DetectorAdapter
 from training.models.sam import build_sam, compact
 from training.models.sam_adapters import SamImageEncoderAdapter, SamMaskDecoderAdapter
+from training.models.vit_adapter import VitClassifierAdapter
+from training.models.weaktr import WeakTr, config_from_json
 from training.retraining.faster_rcnn import FasterRcnn, FasterRcnnConfig
 
 DEMO = Path(__file__).parents[3] / "assets" / "demo_models"
@@ -67,6 +70,17 @@ def test_the_detector_is_counted_as_torch_counts_it():
     expected = counted_by_torch(module, (pixels(1, 320),))
     cost = cost_of_model(model, {"image": (1, 320, 320, 3)})
     assert cost.flops == pytest.approx(expected, rel=1e-2)
+
+
+def test_the_classifier_is_counted_as_torch_counts_it():
+    folder = DEMO / "vit_classifier"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    config = config_from_json(manifest["passport"]["source"]["config"]["model"])
+    module = VitClassifierAdapter(WeakTr(config, len(manifest["parameters"]["class_names"])))
+    inputs = (pixels(2, config.vit.image_size),)
+    model = load_graph(folder / "model.onnx")
+    expected = counted_by_torch(module, inputs)
+    assert cost_of_model(model, shapes_of(model, inputs)).flops == pytest.approx(expected, rel=1e-2)
 
 
 def graph_of(nodes, inputs, outputs):
