@@ -26,8 +26,10 @@ import tyro
 from numpy.typing import NDArray
 from rich.progress import track
 
+from benchmarks.graph_cost import GraphCost, cost_of_model, load_graph
 from benchmarks.in_process import TracedPipeline, call_of
 from benchmarks.load import Limits, Send, closed_loop, warm_up
+from benchmarks.machine import Peaks, measure_peaks
 from benchmarks.pictures import photograph
 from benchmarks.reporting import Where, report
 from benchmarks.results import (
@@ -66,6 +68,7 @@ SERVED, ENGINE_SERVED, HERE, SESSION = (
 )
 OVERHEAD, BESIDE = "overhead of serving", "beside the session"
 SHARE = "served, share of the best bare session"
+_FLOOR_REASON = "the engine's operations and bytes at the measured peaks"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,12 +126,16 @@ def measure(exported: ExportedModels, config: EnginesConfig) -> BenchmarkResult:
         config=asdict(config),
         artifacts=(artifact_record(detector),),
     )
+    peaks, cost = measure_peaks(), _cost_of_an_image(detector)
     options = ServingOptions(
         engine_threads=config.threads, max_queue_delay_us=config.max_queue_delay_us
     )
     with serve(alone, options=options) as server:
         one, many, statistics = asyncio.run(_run(server, alone, config))
-    metrics = _one_at_a_time_metrics(one) + _saturation_metrics(many.rates)
+    metrics = [
+        *_one_at_a_time_metrics(one, 1e3 * peaks.floor_s(cost.flops, cost.least_bytes)),
+        *_saturation_metrics(many.rates, _highest_rate(cost, peaks)),
+    ]
     return recorder.result(
         metrics,
         waterfalls=(_waterfall(metrics),),
@@ -271,9 +278,28 @@ def bare_rate(work: Callable[[], object], *, callers: int, seconds: float) -> fl
 # ---------------------------------------------------------------------------------------------
 
 
-def _one_at_a_time_metrics(times: Times) -> list[Metric]:
+def _cost_of_an_image(detector: ModelArtifact) -> GraphCost:
+    assert isinstance(detector.parameters, DetectorParameters)
+    side = detector.parameters.image_size
+    return cost_of_model(load_graph(detector.path), {"image": (1, side, side, 3)})
+
+
+def _highest_rate(cost: GraphCost, peaks: Peaks) -> float:
+    """Images a second at the peaks; any batch reads the weights once, so an image's share of them
+    may be next to nothing.
+    """
+    return 1 / peaks.floor_s(cost.flops, cost.io_bytes)
+
+
+def _one_at_a_time_metrics(times: Times, floor_ms: float) -> list[Metric]:
     metrics = [
-        Metric(name=name, unit="ms", repeats=tuple(map(tuple, repeats)))
+        Metric(
+            name=name,
+            unit="ms",
+            repeats=tuple(map(tuple, repeats)),
+            floor=floor_ms,
+            floor_reason=_FLOOR_REASON,
+        )
         for name, repeats in times.items()
     ]
     # Differences of medians of neighbouring blocks: requests of two ways are no pairs.
@@ -284,13 +310,15 @@ def _one_at_a_time_metrics(times: Times) -> list[Metric]:
     return metrics
 
 
-def _saturation_metrics(rates: Times) -> list[Metric]:
+def _saturation_metrics(rates: Times, highest: float) -> list[Metric]:
     metrics = [
         Metric(
             name=f"saturated: {name}",
             unit="images/s",
             better="higher",
             repeats=tuple(map(tuple, repeats)),
+            floor=highest,
+            floor_reason=_FLOOR_REASON,
         )
         for name, repeats in rates.items()
     ]

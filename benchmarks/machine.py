@@ -101,12 +101,19 @@ def torch_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure_peaks(device: str = "cpu", *, mixed_precision: bool = False, repeats: int = 7) -> Peaks:
+def measure_peaks(
+    device: str = "cpu",
+    *,
+    mixed_precision: bool = False,
+    threads: int | None = None,
+    repeats: int = 7,
+) -> Peaks:
     """Measure both limits, best of ``repeats``: a limit is what was reached once.
 
     Args:
         device: A torch device.
         mixed_precision: Matrices of bfloat16 instead of float32.
+        threads: Of the CPU; None: a thread on every core.
         repeats: At least 1.
     """
     on_cpu = torch.device(device).type == "cpu"
@@ -115,7 +122,8 @@ def measure_peaks(device: str = "cpu", *, mixed_precision: bool = False, repeats
     matrix = torch.rand(size, size, device=device).to(dtype)
     source = torch.ones((_COPY_MIB if on_cpu else _COPY_MIB_GPU) * 2**18, device=device)
     target = torch.empty_like(source)
-    with torch_threads(len(os.sched_getaffinity(0))):  # whatever the environment says
+    # Whatever the environment says.
+    with torch_threads(len(os.sched_getaffinity(0)) if threads is None else threads):
         matmul = [_seconds(lambda: torch.mm(matrix, matrix), on_cpu=on_cpu) for _ in range(repeats)]
         copy = [_seconds(lambda: target.copy_(source), on_cpu=on_cpu) for _ in range(repeats)]
     moved = 2 * source.numel() * source.element_size()

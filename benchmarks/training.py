@@ -15,7 +15,7 @@ do not lengthen it. On a GPU it is wall time, synchronised.
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +26,7 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import (
     FasterRCNN,
     MaskRCNN,
@@ -35,6 +36,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
+from benchmarks.graph_cost import cost_of_model, load_graph
+from benchmarks.machine import measure_peaks
 from benchmarks.reporting import report
 from benchmarks.results import (
     ArtifactRecord,
@@ -157,9 +160,15 @@ def measure(config: TrainingConfig, models: Path | None) -> BenchmarkResult:
     mask_peer = torchvision_on_our_trunk(with_masks).to(config.device)
     losses[SAME_TRUNK_MASKS] = mask_peer, _peer_loss(mask_peer)
     steps = {n: _optimised(network, loss, batch, config) for n, (network, loss) in losses.items()}
+    flops = {name: count_flops(work) for name, work in inference.items()}
+    if models is not None:
+        flops[ENGINE] = _engine_flops(models, ours.config.image_size)
+    step_flops = {name: count_flops(work) for name, work in steps.items()}
+    step_kind = f"{STEP} of {config.batch_size}"
+    peak = _peak(config)
     metrics = [
-        *_measured(INFERENCE, inference, config.inferences, config),
-        *_measured(f"{STEP} of {config.batch_size}", steps, config.steps, config),
+        *_with_floors(_measured(INFERENCE, inference, config.inferences, config), flops, peak),
+        *_with_floors(_measured(step_kind, steps, config.steps, config), step_flops, peak),
         *_measured(LOSS, _loss_ways(ours, batch, config), config.steps, config, calls=20),
     ]
     return recorder.result(metrics, notes=_notes(metrics, config))
@@ -322,6 +331,45 @@ def _measured(
     return in_turns(
         ways, repeats=config.repeats, samples=samples, kind=kind, calls=calls, clock=clock
     )
+
+
+def count_flops(work: Work) -> float:
+    """Floating-point operations of the products of one call, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops())
+
+
+def _engine_flops(models: Path, side: int) -> float:
+    """PyTorch sees nothing of what an engine does."""
+    graph = load_graph(load_artifact(models / DETECTOR).path)
+    return cost_of_model(graph, {"image": (1, side, side, 3)}).flops
+
+
+def _peak(config: TrainingConfig) -> float:
+    """Operations a second of the clock that is read, in the best precision that takes part."""
+    on_cpu = torch.device(config.device).type == "cpu"
+    wall = max(
+        measure_peaks(config.device, mixed_precision=mixed, threads=config.threads).flops
+        for mixed in {False, config.mixed_precision}
+    )
+    # The process's time is the sum of its threads'.
+    return wall / config.threads if on_cpu else wall
+
+
+def _with_floors(
+    metrics: Sequence[Metric], flops: Mapping[str, float], peak: float
+) -> list[Metric]:
+    """The metrics, whose names end with the ways', with the time of their products at the peak."""
+    by_way = {metric.name.partition(": ")[2]: metric for metric in metrics}
+    return [
+        replace(
+            metric,
+            floor=1e3 * flops[way] / peak,
+            floor_reason="operations of the products at the measured peak",
+        )
+        for way, metric in by_way.items()
+    ]
 
 
 def _synchronised(work: Work) -> None:

@@ -165,6 +165,8 @@ def test_a_bare_session_stands_beside_the_served_one(exported):
     result = measure_engines(exported, config)
     session, served = result.metric("bare session"), result.metric("weaksam_detect over gRPC")
     assert np.median(session.samples) < np.median(served.samples)
+    assert 0 < session.percent_of_floor < 100
+    assert all(m.floor for m in result.metrics if m.name.startswith("saturated"))
     assert sum(metric.name.startswith("saturated: bare") for metric in result.metrics) == 4
     (cpu,) = (table for table in result.tables if table.title.startswith("CPU time"))
     spent = {part: float(ms) for part, ms, _ in cpu.rows}

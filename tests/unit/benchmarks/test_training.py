@@ -13,6 +13,7 @@ from benchmarks.training import (
     WITH_DROP,
     WITHOUT_DROP,
     TrainingConfig,
+    count_flops,
     measure,
     torchvision_on_our_trunk,
 )
@@ -35,6 +36,13 @@ def test_the_peer_shares_trunk_pyramid_and_anchors(mask_channels, kind):
     assert {"boxes", "labels", "scores"} <= set(found)
 
 
+def test_work_is_counted_with_its_backward_pass():
+    layer, rows = torch.nn.Linear(8, 4), torch.rand(5, 8)
+    forward = 2 * 5 * 8 * 4
+    assert count_flops(lambda: layer(rows)) == forward
+    assert count_flops(lambda: layer(rows).sum().backward()) == 2 * forward  # rows need none
+
+
 @pytest.mark.slow
 def test_every_kind_of_work_is_measured_in_turns():
     result = measure(TrainingConfig(repeats=2, inferences=1, steps=1, batch_size=1), None)
@@ -45,5 +53,7 @@ def test_every_kind_of_work_is_measured_in_turns():
     }
     for kind, ways in kinds.items():
         for way in ways:
-            assert len(result.metric(f"{kind}: {way}").repeats) == 2
+            metric = result.metric(f"{kind}: {way}")
+            assert len(metric.repeats) == 2
+            assert (metric.floor is None) == (kind == LOSS)
     assert len(result.notes) >= 7
