@@ -2,7 +2,7 @@
 
 A benchmark is a module of this folder with a function ``main``; its arguments are the command's,
 and the first paragraph of the module's docstring is what the overview says. Only the chosen one
-is imported.
+is imported. ``python -m benchmarks.WHAT`` is the same.
 """
 
 import ast
@@ -11,9 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.entry import status_of
 
 
 def benchmarks() -> dict[str, str]:
@@ -39,8 +40,7 @@ def run(arguments: Sequence[str]) -> int:
         Console(stderr=True).print(f"no benchmark {what!r}; there are {', '.join(known)}")
         return 2
     module = importlib.import_module(f"benchmarks.{what}")
-    status = tyro.cli(module.main, prog=f"python -m benchmarks {what}", args=rest)
-    return status if isinstance(status, int) else 0
+    return status_of(module.main, prog=f"python -m benchmarks {what}", arguments=rest)
 
 
 def _print_overview(known: dict[str, str]) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 from sklearn.cluster import KMeans
 
+from benchmarks.entry import enter
 from training.engine.stage import git_commit
 from weaksam_rt.artifacts import load_artifact
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
@@ -140,4 +140,4 @@ def main(images: Path, num_images: int = 120, output: Path | None = None) -> Non
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    enter(main)

@@ -24,6 +24,7 @@ import numpy as np
 import tyro
 from rich.progress import track
 
+from benchmarks.entry import enter
 from benchmarks.pictures import photograph
 from benchmarks.reporting import Where, report
 from benchmarks.results import (
@@ -173,3 +174,7 @@ def _since(lines: Iterator[str] | list[str], begun_wall: float, text: str) -> fl
             at = midnight + 3600 * int(hours) + 60 * int(minutes) + float(seconds)
             return (at - begun_wall) % 86400
     raise ValueError(f"Triton's log has no line with {text!r}; was it another version?")
+
+
+if __name__ == "__main__":
+    enter(main)

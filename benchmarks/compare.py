@@ -8,7 +8,6 @@ medians, and the highest of p99 and p90 that every repeat has samples beyond. A 
 equality: the summary says how many verdicts could not be reached, and why.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.entry import enter
 from benchmarks.markdown import number, quantile_name
 from benchmarks.results import BenchmarkResult, Metric, read_result
 from benchmarks.statistics import FEWEST_REPEATS, Comparison, compare
@@ -214,4 +214,4 @@ def _print(verdicts: Sequence[MetricVerdict], obstacles: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    enter(main)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from benchmarks.entry import enter
 from export.agreement import Agreement, agreement, on_average, prompt_agreement
 from export.doctor_command import finite_json
 from export.engines.base import EngineBuildError, EngineConfig, EnginePrecision
@@ -429,4 +430,4 @@ def _build_line(row: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    enter(main)

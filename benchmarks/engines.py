@@ -26,6 +26,7 @@ import tyro
 from numpy.typing import NDArray
 from rich.progress import track
 
+from benchmarks.entry import enter
 from benchmarks.graph_cost import GraphCost, cost_of_model, load_graph
 from benchmarks.in_process import TracedPipeline, call_of
 from benchmarks.load import Limits, Send, closed_loop, warm_up
@@ -388,3 +389,7 @@ def _notes(
         f"busy, at most {ceiling:.2f} of what the engine's process does alone can be served.",
         f"Mean batch of the engine at saturation: {statistics[DETECTOR].mean_batch:.2f}.",
     ]
+
+
+if __name__ == "__main__":
+    enter(main)

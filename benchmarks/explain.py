@@ -15,6 +15,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from benchmarks.entry import enter
 from benchmarks.graph_cost import GraphCost, cost_of_model, load_graph
 from benchmarks.in_process import (
     EngineCall,
@@ -316,3 +317,7 @@ def _notes(
             "better gains no more; doing fewer of them lowers the floor itself."
         )
     return notes
+
+
+if __name__ == "__main__":
+    enter(main)

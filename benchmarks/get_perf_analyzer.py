@@ -13,6 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.entry import enter
+
 FOLDER = Path("out/perf_analyzer")
 _WHEELS = ("tritonclient==2.51.0", "nvidia-cuda-runtime-cu12")
 _DEBIAN_PACKAGE = "libb64-0d"
@@ -73,3 +75,7 @@ def _download_debian_package(scratch: Path) -> None:
             target = Path(os.path.realpath(path))
             path.unlink()
             path.write_bytes(target.read_bytes())
+
+
+if __name__ == "__main__":
+    enter(main)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from rich.progress import track
 
+from benchmarks.entry import enter
+from benchmarks.results import command_line
 from training.data.coco import CocoFolder
 from training.engine.stage import git_commit
 from training.evaluation.pointing import PointingCounter
@@ -108,11 +109,11 @@ def _write(
 ) -> None:
     thresholds = " | ".join(f"recall@{t}" for t in IOU_THRESHOLDS)
     first = next(iter(results.values()))
-    arguments = " ".join(_without_paths(sys.argv[1:]))
+    command = command_line("map_sources", sys.argv[1:])
     lines = [
         f"# Proposals by kind of prompt: {name}",
         "",
-        f"`python -m benchmarks.map_sources {arguments}`, commit {git_commit()[:12]}. "
+        f"`{command}`, commit {git_commit()[:12]}. "
         f"{first.num_images} of {len(folder.records)} images, {first.num_truth} objects; one "
         "proposal serves one object.",
         "",
@@ -143,12 +144,5 @@ def _write(
     write_json(_RESULTS / f"map_sources_{name}.json", json.loads(json.dumps(content)))
 
 
-def _without_paths(arguments: list[str]) -> list[str]:
-    """Absolute paths shortened to their last two parts: results must not name a machine's
-    folders.
-    """
-    return ["/".join(Path(a).parts[-2:]) if a.startswith("/") else a for a in arguments]
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    enter(main)

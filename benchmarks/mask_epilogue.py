@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from benchmarks.entry import enter
 from benchmarks.pictures import pictures
 from benchmarks.reporting import Where, report
 from benchmarks.results import BenchmarkResult, Metric, Recorder, artifact_record
@@ -228,3 +229,7 @@ def _ratios(metrics: list[Metric]) -> list[str]:
         for name, value in medians.items()
         if name.startswith(f"{kind}: ") and not name.endswith(PIPELINE)
     ]
+
+
+if __name__ == "__main__":
+    enter(main)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-import tyro
 from rich.console import Console
 from segment_anything import sam_model_registry
 
+from benchmarks.entry import enter
 from export.exportable import example_tensors, sam_exportables
 from export.onnx_files import EXTERNAL_DATA_BYTES
 from export.onnx_from_module import onnx_from_module
@@ -154,4 +154,4 @@ def _report(result: OfficialSamResult, content: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    enter(main)

@@ -18,6 +18,7 @@ import tyro
 from numpy.typing import NDArray
 from torch.nn import functional as F  # noqa: N812
 
+from benchmarks.entry import enter
 from benchmarks.machine import torch_threads
 from benchmarks.reporting import report
 from benchmarks.results import BenchmarkResult, Metric, Recorder, Table
@@ -150,3 +151,7 @@ def highest_apart(
         if all(abs(x - other_x) + abs(y - other_y) >= distance for other_x, other_y in kept):
             kept.append([x, y])
     return np.array(kept, np.int64).reshape(-1, 2)
+
+
+if __name__ == "__main__":
+    enter(main)

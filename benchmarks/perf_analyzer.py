@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 from rich.progress import track
 
+from benchmarks.entry import enter
 from benchmarks.get_perf_analyzer import FOLDER
 from benchmarks.in_process import call_of
 from benchmarks.load import Limits, closed_loop, warm_up
@@ -177,3 +178,7 @@ def run_perf_analyzer(
 
 def _single(values: Iterable[float]) -> tuple[tuple[float, ...], ...]:
     return tuple((float(value),) for value in values)
+
+
+if __name__ == "__main__":
+    enter(main)

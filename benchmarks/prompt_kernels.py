@@ -21,6 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from benchmarks.entry import enter
 from benchmarks.machine import measure_peaks, torch_threads
 from benchmarks.peaks import highest_apart
 from benchmarks.reporting import report
@@ -294,3 +295,7 @@ def _launch_us(
         launch()
     synchronize()
     return (time.perf_counter() - start) / config.launches * 1e6
+
+
+if __name__ == "__main__":
+    enter(main)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from rich.progress import track
 
+from benchmarks.entry import enter
+from benchmarks.results import command_line
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import read_proposals
 from training.engine.stage import git_commit, read_manifest
@@ -98,10 +99,11 @@ def _write(
     search_seconds: float,
 ) -> None:
     thresholds = " | ".join(f"recall@{t}" for t in IOU_THRESHOLDS)
+    command = command_line("proposal_recall", sys.argv[1:])
     lines = [
         f"# Proposal recall: {name}",
         "",
-        f"`python -m benchmarks.proposal_recall {' '.join(_without_paths(sys.argv[1:]))}`, "
+        f"`{command}`, "
         f"commit {git_commit()[:12]}. {len(folder.records)} images, "
         f"{next(iter(rows.values())).num_truth} objects; one proposal serves one object.",
         "",
@@ -122,12 +124,5 @@ def _write(
     write_json(_RESULTS / f"proposal_recall_{name}.json", content)
 
 
-def _without_paths(arguments: list[str]) -> list[str]:
-    """Absolute paths shortened to their last two parts: results must not name a machine's
-    folders.
-    """
-    return ["/".join(Path(a).parts[-2:]) if a.startswith("/") else a for a in arguments]
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    enter(main)

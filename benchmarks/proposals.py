@@ -26,6 +26,7 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.amg import build_point_grid
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.entry import enter
 from benchmarks.machine import Peaks, measure_peaks
 from benchmarks.pictures import pictures
 from benchmarks.reporting import report
@@ -492,3 +493,7 @@ def count_work(sam: Sam, config: ProposalsConfig) -> SamWork:
         prompt=float(decoder.get_total_flops()),
         num_prompts=config.points_per_side**2,
     )
+
+
+if __name__ == "__main__":
+    enter(main)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.progress import track
 
+from benchmarks.entry import enter
 from benchmarks.reporting import Where, report
 from benchmarks.results import BenchmarkResult, Metric, Recorder, Table, artifact_record
 from training.data.coco import ImageRecord, load_coco_folder
@@ -81,3 +82,7 @@ def _decode(record: ImageRecord, longest_side: int | None) -> DecodedImage:
     if longest_side is not None:
         return decode_reduced(data, longest_side)
     return DecodedImage(pixels=decode_image(data), image_size=record.image_size)
+
+
+if __name__ == "__main__":
+    enter(main)

@@ -26,6 +26,7 @@ import onnxruntime
 import torch
 from rich.progress import Progress
 
+from benchmarks.entry import enter
 from benchmarks.statistics import Estimate, quantile_estimate
 from export.__main__ import export_model
 from export.accept import accept_onnx
@@ -330,3 +331,7 @@ def _rtx_line(row: RtxRow) -> str:
 
 def _shown(ratio: Estimate) -> str:
     return f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+
+
+if __name__ == "__main__":
+    enter(main)

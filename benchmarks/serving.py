@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 from rich.progress import Progress
 
+from benchmarks.entry import enter
 from benchmarks.goodput import Probe, Slo, best_probe, confirm, goodput, search_rate
 from benchmarks.in_process import PipelineName, TracedPipeline, call_of, costs_of_calls
 from benchmarks.load import (
@@ -422,3 +423,7 @@ def _promise(slo: Slo, measured: _Measured) -> str:
 def _outcomes(probes: Sequence[Probe]) -> str:
     tried = [f"{p.rate:.1f} {'kept' if p.is_met else 'broken'}" for p in probes]
     return ", ".join(tried) or "none"
+
+
+if __name__ == "__main__":
+    enter(main)

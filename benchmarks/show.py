@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from benchmarks.entry import enter
 from benchmarks.reporting import report
 from benchmarks.results import read_result
 
@@ -20,3 +21,7 @@ def main(result: tyro.conf.Positional[Path], *, output: Path | None = None) -> N
         output: Path without suffix; .json, .md and .html are written there.
     """
     report(read_result(result), output)
+
+
+if __name__ == "__main__":
+    enter(main)

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import tyro
 
+from benchmarks.entry import enter
 from benchmarks.in_process import PipelineName, call_of
 from benchmarks.load import Limits, Load, closed_loop, open_loop, poisson_arrivals, warm_up
 from benchmarks.pictures import pictures
@@ -188,3 +189,7 @@ def _result(recorder: Recorder, soaked: Soaked, config: SoakConfig) -> Benchmark
             f"{soaked.memory_mib[-1]:.0f} MiB, highest {max(soaked.memory_mib):.0f}.",
         ],
     )
+
+
+if __name__ == "__main__":
+    enter(main)

@@ -25,6 +25,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from benchmarks.entry import enter
 from benchmarks.reporting import report
 from benchmarks.results import BenchmarkResult, Metric, Recorder, Table, artifact_record
 from export.__main__ import export_model
@@ -468,3 +469,7 @@ def _tables(answers: Sequence[Answer], windows: Sequence[Window]) -> list[Table]
             rows=tuple((w.name, w.kind, f"{w.end - w.start:.1f}") for w in windows),
         ),
     ]
+
+
+if __name__ == "__main__":
+    enter(main)

@@ -36,6 +36,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
+from benchmarks.entry import enter
 from benchmarks.graph_cost import cost_of_model, load_graph
 from benchmarks.machine import measure_peaks
 from benchmarks.reporting import report
@@ -417,3 +418,7 @@ def _notes(metrics: Sequence[Metric], config: TrainingConfig) -> list[str]:
         *ratios,
         f"RoI drop alone (choice, sums, counts): {extra:.2g} ms, {100 * share:.2g} % of a step.",
     ]
+
+
+if __name__ == "__main__":
+    enter(main)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
+from benchmarks.entry import enter
 from training.engine.stage import git_commit
 from weaksam_rt.files import atomic_path, write_json
 
@@ -90,4 +90,4 @@ def _spread(shares: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    enter(main)

@@ -7,18 +7,19 @@ of their detector; filled boxes show what masks are worth at all.
 
 import asyncio
 import logging
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
 from rich.progress import track
 
+from benchmarks.entry import enter
+from benchmarks.results import command_line
 from training.data.coco import CocoFolder, load_coco_folder
 from training.detect import detect_folder
 from training.engine.stage import MANIFEST_NAME, git_commit, read_manifest
@@ -63,8 +64,9 @@ class WeakMasksConfig:
     """CPU threads of torch."""
 
 
-def main(config: WeakMasksConfig) -> None:
+def main(config: Annotated[WeakMasksConfig, tyro.conf.arg(name="")]) -> None:
     """Measure and write the report."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(config.num_threads)
     folder = _spread(load_coco_folder(config.data), config.max_images)
     found = _detect(config.detector, folder, config)
@@ -165,7 +167,7 @@ def _training(detector: Path) -> str:
 
 
 def _command() -> str:
-    return shlex.join(["python", "-m", "benchmarks.weak_masks", *sys.argv[1:]])
+    return command_line("weak_masks", sys.argv[1:])
 
 
 def _percent(value: float | None) -> str:
@@ -173,5 +175,4 @@ def _percent(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(tyro.cli(WeakMasksConfig, description=__doc__))
+    enter(main)

@@ -1,10 +1,13 @@
 import dataclasses
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import benchmarks as benchmarks_folder
 from benchmarks.__main__ import benchmarks, run
 from benchmarks.compare import (
     NOT_COMPARABLE,
@@ -264,3 +267,19 @@ def test_every_benchmark_explains_itself(capsys):
         run(["compare", "--help"])
     assert ended.value.code == 0
     assert "--least-change" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(benchmarks()))
+def test_both_forms_of_a_command_take_the_same_arguments(name, capsys, monkeypatch):
+    def printed(start):
+        with pytest.raises(SystemExit) as ended:
+            start()
+        assert ended.value.code == 0
+        return capsys.readouterr().out.split()
+
+    inside = printed(lambda: run([name, "--help"]))
+    module = Path(benchmarks_folder.__file__).parent / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(module), "--help"])
+    alone = printed(lambda: runpy.run_path(str(module), run_name="__main__"))
+    assert f"benchmarks.{name}" in alone
+    assert [w for w in alone if w.startswith("--")] == [w for w in inside if w.startswith("--")]
