@@ -3,15 +3,21 @@
 ``python -m benchmarks prompt_kernels``: one image has two tags, 2 coarse and 2 fine maps (kernel
 17) and 24 cross-attention maps (kernel 129) of 14x14 nodes, on 375x500 pixels. Reported are the
 compiled kernels' resources, the bytes that must move, the CPU's times of one thread, and on a
-machine with a GPU the kernels beside the same steps in PyTorch. Ways that disagree stop the run.
+machine with a GPU the kernels beside the same steps in PyTorch; then suppression by class beside
+torchvision's. On the CPU ways that disagree stop the run, and so does a kernel that differs from
+NumPy. PyTorch's peaks on a GPU, which rounds as it likes, are counted where they differ.
+
+On a GPU inputs and outputs lie there, for all ways: neither upload nor reading back is timed.
+PyTorch's way ends with the candidates of each map, since its distance rule and k-means would need
+the host; the kernels' times include both, and packing.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -20,23 +26,34 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torchvision.ops import batched_nms
 
 from benchmarks.entry import enter
-from benchmarks.machine import measure_peaks, torch_threads
+from benchmarks.machine import Peaks, measure_peaks, torch_threads
 from benchmarks.peaks import highest_apart
 from benchmarks.reporting import report
 from benchmarks.results import BenchmarkResult, Metric, Recorder, Table
 from benchmarks.turns import in_turns, per_item
 from weaksam_rt.class_activation_map import CROSS_PEAKS, PeakConfig
 from weaksam_rt.preprocessing import longest_side_frame
-from weaksam_rt.prompt_clustering import ClusteringConfig, MapBatch, cluster_prompts, prompt_batch
+from weaksam_rt.prompt_clustering import ClusteringConfig, MapBatch, class_nms, prompt_batch
 from weaksam_rt.prompt_clustering._low_res_peaks import low_res_peaks, normalized_corners
-from weaksam_rt.prompt_clustering._plan import full_capacity, plan_prompts, read_prompts
+from weaksam_rt.prompt_clustering._plan import (
+    Plan,
+    full_capacity,
+    plan_nms,
+    plan_prompts,
+    read_nms,
+    read_prompts,
+)
 from weaksam_rt.prompt_clustering._prebuilt import read_manifest
 from weaksam_rt.prompt_clustering._reference import batch_peaks, normalized_maps
 from weaksam_rt.prompt_clustering.build import resource_rows
 from weaksam_rt.prompt_clustering.device_arrays import host_array
 from weaksam_rt.types import PromptSource
+
+if TYPE_CHECKING:
+    from weaksam_rt.prompt_clustering._cuda import CudaExecutor
 
 _IMAGE_SIZE = (375, 500)
 _NUM_CAM, _NUM_CROSS = 4, 24
@@ -49,6 +66,9 @@ BATCH, CORNERS, IMAGE = (
     "of it min-max normalisation, on the corners of cells",
     "one image, 28 maps",
 )
+_NUM_BOXES, _NUM_CLASSES, _NMS_THRESH = 1000, 20, 0.5
+NMS = f"suppression of {_NUM_BOXES} boxes of {_NUM_CLASSES} classes"
+NUMPY, TORCHVISION = "NumPy", "torchvision"
 UPSAMPLE, FILTER, POOLING = (
     "a map: upsampling and normalising, which the next two need besides",
     "a map: scipy.ndimage.maximum_filter at 129, of the upsampled map",
@@ -90,23 +110,31 @@ def measure(config: PromptKernelsConfig) -> BenchmarkResult:
         config=asdict(config),
         artifacts=(),
     )
+    peaks = measure_peaks(threads=1)
     with torch_threads(1):  # the process's own time is measured
-        metrics = _cpu_metrics(config)
-    has_gpu = torch.cuda.is_available()
-    one, many = _bytes_that_must_move(_batch(1)), _bytes_that_must_move(_batch(64))
+        metrics = [*_cpu_metrics(config, peaks), *cpu_nms_metrics(config, peaks)]
+    bandwidths = [bandwidth_table("one thread of the CPU", metrics, peaks)]
+    one, many = _bytes_that_must_move(map_batch(1)), _bytes_that_must_move(map_batch(64))
     notes = [
         *_cpu_notes(metrics),
         f"Bytes that must move: {one} for one image, {many} for 64; at the "
         f"{_H100_BYTES_PER_S / 1e12} TB/s of an H100's data sheet "
         f"{one / _H100_BYTES_PER_S * 1e6:.3f} and {many / _H100_BYTES_PER_S * 1e6:.2f} us. The "
         f"upsampled maps, never written, would be {_NUM_MAPS * 375 * 500 * 4} bytes an image.",
-        *([] if has_gpu else ["No GPU here: the kernels were not timed."]),
     ]
-    gpu = _gpu_metrics(config) if has_gpu else []
-    return recorder.result([*metrics, *gpu], tables=[_resources()], notes=notes)
+    if torch.cuda.is_available():
+        gpu_peaks = measure_peaks("cuda")
+        gpu = _gpu_metrics(config, gpu_peaks)
+        bandwidths.append(bandwidth_table("the GPU", gpu, gpu_peaks))
+        metrics += gpu
+        notes.append(_torch_differences(map_batch(8)))
+    else:
+        notes.append("No GPU here: the kernels were not timed.")
+    return recorder.result(metrics, tables=[*bandwidths, _resources()], notes=notes)
 
 
-def _batch(num_images: int, side: int = 14) -> MapBatch:
+def map_batch(num_images: int, side: int = 14) -> MapBatch:
+    """Random maps [1, 28 an image, side, side] in the order of their sources; always the same."""
     rng = np.random.default_rng(0)
     sources = [PromptSource.COARSE] * 2 + [PromptSource.FINE] * 2 + [PromptSource.CROSS] * 24
     return MapBatch(
@@ -142,6 +170,30 @@ def _bytes_that_must_move(batch: MapBatch) -> int:
     return batch.maps.nbytes + sum(array.nbytes for array in arrays)
 
 
+def _with_floor(metric: Metric, num_bytes: int, peaks: Peaks) -> Metric:
+    """The metric, in ms or us, with the least time that its bytes take."""
+    scale = {"ms": 1e3, "us": 1e6}[metric.unit]
+    return replace(
+        metric,
+        floor=scale * num_bytes / peaks.bytes,
+        floor_reason="bytes that must move at the measured copy bandwidth",
+    )
+
+
+def bandwidth_table(where: str, metrics: Sequence[Metric], peaks: Peaks) -> Table:
+    """What the metrics with a floor reach of the bandwidth that sets it."""
+    reached = {m.name: m.percent_of_floor for m in metrics}
+    return Table(
+        title=f"Bytes that must move a second, on {where}",
+        header=("way", "GB/s", "copy, GB/s"),
+        rows=tuple(
+            (name, f"{share / 100 * peaks.bytes / 1e9:.3g}", f"{peaks.bytes / 1e9:.3g}")
+            for name, share in reached.items()
+            if share is not None
+        ),
+    )
+
+
 def _pooled_peaks(values: NDArray[np.float32], config: PeakConfig) -> NDArray[np.int64]:
     """The released code's steps: max pooling of every pixel, then the highest candidates."""
     kernel = config.kernel_size
@@ -155,9 +207,16 @@ def _filtered_peaks(values: NDArray[np.float32], config: PeakConfig) -> NDArray[
 
 
 def _check_peaks(
-    normalized: NDArray[np.float32], expected: list[NDArray[np.int64]], rules: list[PeakConfig]
+    nodes: NDArray[np.float32],
+    normalized: NDArray[np.float32],
+    expected: list[NDArray[np.int64]],
+    rules: list[PeakConfig],
 ) -> None:
     """Raise unless the ways that are timed find the same peaks; max pooling on a few maps."""
+    for i in (0, _NUM_CAM):
+        (torchs,) = torch_peaks(torch.from_numpy(nodes[i : i + 1]), rules[i])
+        if not np.array_equal(torchs, expected[i]):
+            raise RuntimeError(f"map {i}: PyTorch's peaks are {torchs}, ours {expected[i]}")
     for i, (values, rule) in enumerate(zip(normalized, rules, strict=True)):
         ways = (_filtered_peaks, _pooled_peaks) if i in (0, _NUM_CAM) else (_filtered_peaks,)
         for way in ways:
@@ -165,9 +224,9 @@ def _check_peaks(
                 raise RuntimeError(f"map {i}: {way.__name__} differs")
 
 
-def _cpu_metrics(config: PromptKernelsConfig) -> list[Metric]:
+def _cpu_metrics(config: PromptKernelsConfig, peaks: Peaks) -> list[Metric]:
     """Milliseconds of one thread; the last three are of one map."""
-    image, batch = _batch(1), _batch(32)
+    image, batch = map_batch(1), map_batch(32)
     nodes = host_array("maps", image.maps)[0]
     rules = [_CONFIG.cam_peaks] * _NUM_CAM + [_CONFIG.cross_peaks] * _NUM_CROSS
     found = batch_peaks(
@@ -175,11 +234,11 @@ def _cpu_metrics(config: PromptKernelsConfig) -> list[Metric]:
         find_peaks=low_res_peaks,
     )  # fmt: skip
     normalized = normalized_maps(nodes, _IMAGE_SIZE)
-    _check_peaks(normalized, [peaks.points for peaks in found], rules)
+    _check_peaks(nodes, normalized, [one.points for one in found], rules)
     cross, few = normalized[_NUM_CAM:], range(0, _NUM_CROSS, 6)
     all_nodes = host_array("maps", batch.maps)[0]
     timed = partial(in_turns, samples=config.samples, clock=time.process_time)
-    ours = timed(
+    many, corners, one = timed(
         {
             BATCH: partial(prompt_batch, batch, _CONFIG),
             CORNERS: partial(normalized_corners, all_nodes, _IMAGE_SIZE),
@@ -195,7 +254,10 @@ def _cpu_metrics(config: PromptKernelsConfig) -> list[Metric]:
         repeats=config.repeats,
     )
     pooling = timed({POOLING: partial(_pooled_peaks, cross[0], CROSS_PEAKS)}, repeats=1)
-    return [*ours, per_item(upsample, _NUM_MAPS), per_item(filtering, len(few)), *pooling]
+    many = _with_floor(many, _bytes_that_must_move(batch), peaks)
+    one = _with_floor(one, _bytes_that_must_move(image), peaks)
+    replaced = [per_item(upsample, _NUM_MAPS), per_item(filtering, len(few)), *pooling]
+    return [many, corners, one, *replaced]
 
 
 def _cpu_notes(metrics: list[Metric]) -> list[str]:
@@ -208,93 +270,192 @@ def _cpu_notes(metrics: list[Metric]) -> list[str]:
     ]
 
 
-def _torch_prompts(maps: Tensor) -> list[NDArray[np.int64]]:
-    """The same steps in PyTorch for one image: interpolate, max pooling, top-k, loops."""
+def _scored_boxes() -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
+    """Boxes [n, 4] with integer corners, whose overlaps no way rounds differently, scores [n] and
+    labels [n].
+    """
+    rng = np.random.default_rng(0)
+    low = rng.integers(0, 300, (_NUM_BOXES, 2))
+    boxes = np.concatenate([low, low + rng.integers(20, 120, (_NUM_BOXES, 2))], axis=1)
+    scores = rng.permutation(_NUM_BOXES).astype(np.float32) / _NUM_BOXES
+    labels = rng.integers(0, _NUM_CLASSES, _NUM_BOXES).astype(np.int32)
+    return boxes.astype(np.float32), scores, labels
+
+
+def _nms_bytes(num_kept: int) -> int:
+    """Boxes, scores and labels once, and an index of each box that stays."""
+    return sum(array.nbytes for array in _scored_boxes()) + 8 * num_kept
+
+
+def cpu_nms_metrics(config: PromptKernelsConfig, peaks: Peaks) -> list[Metric]:
+    """Milliseconds of one thread; raises where the two keep other boxes."""
+    boxes = _scored_boxes()
+    tensors = [torch.from_numpy(array) for array in boxes]
+    ours = partial(class_nms, *boxes, iou_thresh=_NMS_THRESH, backend="reference")
+    theirs = partial(batched_nms, *tensors, _NMS_THRESH)
+    kept = ours()
+    if not np.array_equal(kept, theirs().numpy()):
+        raise RuntimeError(f"{NMS}: torchvision keeps other boxes than NumPy")
+    metrics = in_turns(
+        {NUMPY: ours, TORCHVISION: theirs},
+        repeats=config.repeats, samples=config.samples, kind=NMS, clock=time.process_time,
+    )  # fmt: skip
+    return [_with_floor(metric, _nms_bytes(len(kept)), peaks) for metric in metrics]
+
+
+def _torch_candidates(maps: Tensor, rule: PeakConfig) -> tuple[Tensor, Tensor]:
+    """The released steps on m maps [m, h, w], where they lie: interpolate, max pooling, top-k.
+
+    Returns:
+        Scores and flat pixel positions [m, candidates], best first; a score of 0 is none.
+    """
     full = F.interpolate(maps[None], _IMAGE_SIZE, mode="bilinear", align_corners=False)[0]
     low, high = full.amin((1, 2), keepdim=True), full.amax((1, 2), keepdim=True)
-    full = (full - low) / (high - low + 1e-8)
-    peaks = []
-    for i, values in enumerate(full):
-        rule = _CONFIG.cam_peaks if i < _NUM_CAM else _CONFIG.cross_peaks
-        pooled = F.max_pool2d(values[None], rule.kernel_size, 1, rule.kernel_size // 2)[0]
-        candidates = torch.where((values == pooled) & (values >= rule.value_thresh), values, 0)
-        top = candidates.flatten().topk(rule.max_candidates)
+    values = (full - low) / (high - low + 1e-8)
+    pooled = F.max_pool2d(values[:, None], rule.kernel_size, 1, rule.kernel_size // 2)[:, 0]
+    found = torch.where((values == pooled) & (values >= rule.value_thresh), values, 0)
+    scores, positions = found.flatten(1).topk(rule.max_candidates)
+    return scores, positions
+
+
+def torch_peaks(maps: Tensor, rule: PeakConfig) -> list[NDArray[np.int64]]:
+    """The candidates that keep their distance, [n, 2], (x, y), of each map; on the host."""
+    distance = (rule.kernel_size - 1) // 2
+    found = []
+    for scores, positions in zip(*_torch_candidates(maps, rule), strict=True):
         kept: list[tuple[int, int]] = []
-        for score, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            y, x = divmod(index, _IMAGE_SIZE[1])
-            distance = (rule.kernel_size - 1) // 2
+        for score, position in zip(scores.tolist(), positions.tolist(), strict=True):
+            y, x = divmod(position, _IMAGE_SIZE[1])
             if score > 0 and all(abs(x - a) + abs(y - b) >= distance for a, b in kept):
                 kept.append((x, y))
-        peaks.append(np.array(kept, np.int64).reshape(-1, 2))
-    return [*peaks[:_NUM_CAM], cluster_prompts(np.concatenate(peaks[_NUM_CAM:]), 5)]
+        found.append(np.array(kept, np.int64).reshape(-1, 2))
+    return found
 
 
-def _gpu_metrics(config: PromptKernelsConfig) -> list[Metric]:
-    """Microseconds of a batch when many are on the stream, beside PyTorch's wall time."""
+def _torch_batch(images: Sequence[Tensor]) -> None:
+    """Candidates of all maps of all images, each [maps, h, w]."""
+    for maps in images:
+        _torch_candidates(maps[:_NUM_CAM], _CONFIG.cam_peaks)
+        _torch_candidates(maps[_NUM_CAM:], _CONFIG.cross_peaks)
+
+
+def _torch_differences(batch: MapBatch) -> str:
+    """In how many maps PyTorch finds other peaks on the GPU than NumPy."""
+    expected = batch_peaks(
+        batch, cam_peaks=_CONFIG.cam_peaks, cross_peaks=_CONFIG.cross_peaks,
+        find_peaks=low_res_peaks,
+    )  # fmt: skip
+    found = [
+        points
+        for maps in _on_gpu(batch)
+        for part, rule in (
+            (maps[:_NUM_CAM], _CONFIG.cam_peaks),
+            (maps[_NUM_CAM:], _CONFIG.cross_peaks),
+        )
+        for points in torch_peaks(part, rule)
+    ]
+    differing = sum(
+        not np.array_equal(points, peaks.points)
+        for points, peaks in zip(found, expected, strict=True)
+    )
+    return f"PyTorch on the GPU finds other peaks than NumPy in {differing} of {len(found)} maps."
+
+
+def _on_gpu(batch: MapBatch) -> tuple[Tensor, ...]:
+    return torch.from_numpy(host_array("maps", batch.maps)[0]).cuda().split(_NUM_MAPS)
+
+
+Times = dict[str, list[tuple[float, ...]]]
+"""Microseconds by way and repeat."""
+
+
+def _gpu_metrics(config: PromptKernelsConfig, peaks: Peaks) -> list[Metric]:
+    """Microseconds of a batch when many are on the stream; kernels and PyTorch in blocks of their
+    own, for the executor's context is current in its block.
+    """
     # Imported here: it looks for a driver.
     from weaksam_rt.prompt_clustering._cuda import CudaExecutor
 
     executor = CudaExecutor()
-    bandwidth = measure_peaks("cuda").bytes
     metrics = []
     for num_images in (1, 8, 64):
-        batch = _batch(num_images)
-        floor_us = 1e6 * _bytes_that_must_move(batch) / bandwidth
-        room = full_capacity(batch, max_candidates=25)
-        plan = plan_prompts(
-            batch,
-            cam_peaks=_CONFIG.cam_peaks,
-            cross_peaks=_CONFIG.cross_peaks,
-            points_per_cluster=_CONFIG.points_per_cluster,
-        )
-        times: dict[str, list[tuple[float, ...]]] = {"kernels": [], "graph": []}
-        with executor.loaded(plan) as loaded, loaded.captured() as graph:
-            for _ in range(config.repeats):
-                for way, launch in (("kernels", loaded.launch), ("graph", graph)):
-                    block = [
-                        _launch_us(launch, executor.synchronize, config)
-                        for _ in range(config.samples)
-                    ]
-                    times[way].append(tuple(block))
-            ours = read_prompts(loaded.outputs(), room)
-        # Not in turns with the kernels: the executor's context is current there.
-        on_gpu = torch.from_numpy(host_array("maps", batch.maps)[0]).cuda().split(_NUM_MAPS)
-        torch_ms = in_turns(
-            {"PyTorch": partial(_torch_batch, on_gpu)}, repeats=config.repeats, samples=1
-        )
-        times["PyTorch"] = [tuple(1e3 * ms for ms in block) for block in torch_ms[0].repeats]
+        batch = map_batch(num_images)
+        times, outputs = kernel_times(executor, _prompt_plan(batch), config)
+        ours = read_prompts(outputs, full_capacity(batch, max_candidates=25))
         if not np.array_equal(ours.sam_points, prompt_batch(batch, _CONFIG).sam_points):
             raise RuntimeError(f"{num_images} images: the kernels differ from NumPy")
-        metrics += [
-            Metric(
-                name=f"on the GPU, {num_images} images: {way}",
-                unit="us",
-                repeats=tuple(blocks),
-                floor=floor_us,
-                floor_reason="bytes that must move at the measured copy bandwidth",
-            )
-            for way, blocks in times.items()
-        ]
-    return metrics
+        theirs = partial(_torch_batch, _on_gpu(batch))
+        times["PyTorch, without distances and clustering"] = _torch_times(theirs, config, 1)
+        metrics += _gpu_metric(f"{num_images} images", times, _bytes_that_must_move(batch), peaks)
+    boxes = _scored_boxes()
+    times, outputs = kernel_times(executor, plan_nms(*boxes, _NMS_THRESH), config)
+    kept = read_nms(outputs)
+    if not np.array_equal(kept, class_nms(*boxes, iou_thresh=_NMS_THRESH, backend="reference")):
+        raise RuntimeError(f"{NMS}: the kernels differ from NumPy")
+    tensors = [torch.from_numpy(array).cuda() for array in boxes]
+    theirs = partial(batched_nms, *tensors, _NMS_THRESH)
+    times[TORCHVISION] = _torch_times(theirs, config, config.launches)
+    return [*metrics, *_gpu_metric(NMS, times, _nms_bytes(len(kept)), peaks)]
 
 
-def _torch_batch(images: tuple[Tensor, ...]) -> None:
-    for maps in images:
-        _torch_prompts(maps)
+def _gpu_metric(what: str, times: Times, num_bytes: int, peaks: Peaks) -> list[Metric]:
+    return [
+        _with_floor(
+            Metric(name=f"on the GPU, {what}: {way}", unit="us", repeats=tuple(blocks)),
+            num_bytes,
+            peaks,
+        )
+        for way, blocks in times.items()
+    ]
+
+
+def _prompt_plan(batch: MapBatch) -> Plan:
+    return plan_prompts(
+        batch,
+        cam_peaks=_CONFIG.cam_peaks,
+        cross_peaks=_CONFIG.cross_peaks,
+        points_per_cluster=_CONFIG.points_per_cluster,
+    )
+
+
+def kernel_times(
+    executor: "CudaExecutor", plan: Plan, config: PromptKernelsConfig
+) -> tuple[Times, dict[str, NDArray[Any]]]:
+    """Times of a plan whose inputs are on the GPU, launched one by one and as a graph, in turns;
+    and its outputs.
+    """
+    times: Times = {"kernels": [], "graph": []}
+    with executor.loaded(plan) as loaded, loaded.captured() as graph:
+        for _ in range(config.repeats):
+            for way, launch in (("kernels", loaded.launch), ("graph", graph)):
+                block = [
+                    _launch_us(launch, executor.synchronize, config.launches)
+                    for _ in range(config.samples)
+                ]
+                times[way].append(tuple(block))
+        return times, loaded.outputs()
+
+
+def _torch_times(
+    work: Callable[[], object], config: PromptKernelsConfig, launches: int
+) -> list[tuple[float, ...]]:
+    return [
+        tuple(_launch_us(work, torch.cuda.synchronize, launches) for _ in range(config.samples))
+        for _ in range(config.repeats)
+    ]
 
 
 def _launch_us(
-    launch: Callable[[], None], synchronize: Callable[[], None], config: PromptKernelsConfig
+    launch: Callable[[], object], synchronize: Callable[[], None], launches: int
 ) -> float:
     """Time of a batch when many are on the stream; the host's part hides where it is shorter."""
-    for _ in range(3):
-        launch()
+    launch()
     synchronize()
     start = time.perf_counter()
-    for _ in range(config.launches):
+    for _ in range(launches):
         launch()
     synchronize()
-    return (time.perf_counter() - start) / config.launches * 1e6
+    return (time.perf_counter() - start) / launches * 1e6
 
 
 if __name__ == "__main__":
