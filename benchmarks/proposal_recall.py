@@ -3,13 +3,15 @@
 ``python -m benchmarks.proposal_recall --data FOLDER --proposals PROPOSALS_FOLDER --name NAME``
 writes ``benchmarks/results/proposal_recall_NAME.md``. Selective Search is OpenCV's, fast mode, on
 the image scaled to 500 pixels of width at most, as its authors used it; it is given all its boxes,
-and as many as ours in its own order.
+and as many as ours in its own order. Beside the recalls stand the seconds that an image takes.
 """
 
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,7 +20,7 @@ from rich.progress import track
 
 from benchmarks.entry import enter
 from benchmarks.results import command_line
-from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
+from training.data.coco import ImageRecord, load_coco_folder
 from training.data.results import read_proposals
 from training.engine.stage import git_commit, read_manifest
 from training.evaluation.recall import IOU_THRESHOLDS, ProposalRecall, proposal_recall
@@ -28,6 +30,16 @@ from weaksam_rt.types import PromptSource, Proposals
 
 _MAX_WIDTH = 500
 _RESULTS = Path("benchmarks/results")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One way to propose."""
+
+    label: str
+    recall: ProposalRecall
+    seconds: float
+    """An image."""
 
 
 def main(data: Path, proposals: Path, name: str, min_side_px: float = 20.0) -> None:
@@ -50,12 +62,39 @@ def main(data: Path, proposals: Path, name: str, min_side_px: float = 20.0) -> N
     limited = {
         i: first_proposals(found, len(ours[i])) for i, found in searched.items() if i in ours
     }
-    rows = {
-        "WeakSAM prompts": proposal_recall(folder, ours),
-        "Selective Search, as many": proposal_recall(folder, limited),
-        "Selective Search, all": proposal_recall(folder, searched),
+    manifest = read_manifest(proposals)
+    rows = [
+        Row(
+            label="WeakSAM prompts",
+            recall=proposal_recall(folder, ours),
+            seconds=seconds_of_stage(manifest, len(ours)),
+        ),
+        Row(
+            label="Selective Search, as many",
+            recall=proposal_recall(folder, limited),
+            seconds=seconds,
+        ),
+        Row(
+            label="Selective Search, all", recall=proposal_recall(folder, searched), seconds=seconds
+        ),
+    ]
+    command = command_line("proposal_recall", sys.argv[1:])
+    with atomic_path(_RESULTS / f"proposal_recall_{name}.md") as temporary:
+        temporary.write_text(report(name, command, rows, manifest))
+    content = {
+        "rows": {row.label: asdict(row.recall) for row in rows},
+        "stage": manifest["metrics"],
+        "stage_commit": manifest["commit"],
+        "seconds_an_image": {row.label: row.seconds for row in rows},
     }
-    _write(name, folder, rows, read_manifest(proposals)["metrics"], seconds)
+    write_json(_RESULTS / f"proposal_recall_{name}.json", content)
+
+
+def seconds_of_stage(manifest: Mapping[str, Any], num_images: int) -> float:
+    """Wall time of the stage an image, with the workers that it had; of a stage that was killed
+    and went on, the manifest knows the last part alone.
+    """
+    return float(manifest["duration_s"]) / max(1, num_images)
 
 
 def selective_search(record: ImageRecord, min_side_px: float) -> Proposals:
@@ -91,37 +130,38 @@ def _proposals(boxes: NDArray[np.float32], record: ImageRecord) -> Proposals:
     )
 
 
-def _write(
-    name: str,
-    folder: CocoFolder,
-    rows: dict[str, ProposalRecall],
-    stage_metrics: dict[str, float],
-    search_seconds: float,
-) -> None:
+def report(name: str, command: str, rows: Sequence[Row], manifest: Mapping[str, Any]) -> str:
+    """The page, as Markdown.
+
+    Args:
+        name: Of the data.
+        command: What was run.
+        rows: Ours first.
+        manifest: Of the stage that made ours.
+    """
+    first = rows[0].recall
     thresholds = " | ".join(f"recall@{t}" for t in IOU_THRESHOLDS)
-    command = command_line("proposal_recall", sys.argv[1:])
     lines = [
         f"# Proposal recall: {name}",
         "",
-        f"`{command}`, "
-        f"commit {git_commit()[:12]}. {len(folder.records)} images, "
-        f"{next(iter(rows.values())).num_truth} objects; one proposal serves one object.",
+        f"`{command}`, commit {git_commit()[:12]}. {first.num_images} images, {first.num_truth} "
+        "objects; one proposal serves one object.",
         "",
-        f"| proposals | an image | {thresholds} |",
-        "| --- | ---: |" + " ---: |" * len(IOU_THRESHOLDS),
+        f"| proposals | an image | s an image | {thresholds} |",
+        "| --- | ---: | ---: |" + " ---: |" * len(IOU_THRESHOLDS),
     ]
-    for label, result in rows.items():
-        figures = " | ".join(f"{result.recall[t]:.3f}" for t in IOU_THRESHOLDS)
-        lines.append(f"| {label} | {result.mean_proposals:.0f} | {figures} |")
-    lines += ["", f"Selective Search takes {search_seconds:.2f} s an image on this machine."]
-    with atomic_path(_RESULTS / f"proposal_recall_{name}.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
-    content = {
-        "rows": {label: asdict(result) for label, result in rows.items()},
-        "stage": stage_metrics,
-        "selective_search_s": search_seconds,
-    }
-    write_json(_RESULTS / f"proposal_recall_{name}.json", content)
+    for row in rows:
+        figures = " | ".join(f"{row.recall.recall[t]:.3f}" for t in IOU_THRESHOLDS)
+        lines.append(
+            f"| {row.label} | {row.recall.mean_proposals:.0f} | {row.seconds:.2f} | {figures} |"
+        )
+    lines += [
+        "",
+        f"Seconds are wall time: ours from the manifest of the stage, made at commit "
+        f"{manifest['commit'][:12]} with all its prompts and the workers that it had; Selective "
+        "Search's were taken here, one image at a time.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
