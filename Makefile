@@ -5,7 +5,7 @@ DEV := .venv
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-quick test-gpu requirements snapshot kernels bench clean
+.PHONY: help demo test check test-quick test-slow test-gpu requirements snapshot kernels bench clean
 
 help:  ## Show what there is to make
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -13,7 +13,7 @@ help:  ## Show what there is to make
 demo: $(DEMO)/.ready  ## Start a real Triton server, detect on photographs, stop it (IMAGES="a.jpg b.png" for your own)
 	$(DEMO)/bin/python -m weaksam_rt.demo --output out/demo $(if $(IMAGES),--images $(IMAGES))
 
-test: $(DEV)/.ready check  ## Set up everything and run all tests
+test: $(DEV)/.ready check  ## Set up everything and run all tests but the slow ones and those of a GPU
 	$(DEV)/bin/python -m pytest
 
 check: $(DEV)/.ready  ## Lint, types and dependency rules; edits nothing
@@ -21,6 +21,9 @@ check: $(DEV)/.ready  ## Lint, types and dependency rules; edits nothing
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports
+
+test-slow: $(DEV)/.ready  ## The slow tests: soak, perf_analyzer, cold start, kills at every step of a release
+	$(DEV)/bin/python -m pytest -m "slow and not gpu"
 
 test-gpu: $(DEV)/.ready  ## The tests that need a GPU; then every prompt kernel under compute-sanitizer
 	$(DEV)/bin/python -m pytest -m gpu
