@@ -314,8 +314,12 @@ def _torch_candidates(maps: Tensor, rule: PeakConfig) -> tuple[Tensor, Tensor]:
     values = (full - low) / (high - low + 1e-8)
     pooled = F.max_pool2d(values[:, None], rule.kernel_size, 1, rule.kernel_size // 2)[:, 0]
     found = torch.where((values == pooled) & (values >= rule.value_thresh), values, 0)
-    scores, positions = found.flatten(1).topk(rule.max_candidates)
-    return scores, positions
+    flat = found.flatten(1)
+    # At the image's edges values repeat, and of equal ones top-k takes any; the first is wanted.
+    # Scores are at least 0, so their bits have their order.
+    keys = (flat.view(torch.int32).long() << 32) - torch.arange(flat.shape[1], device=flat.device)
+    positions = keys.topk(rule.max_candidates).indices
+    return flat.gather(1, positions), positions
 
 
 def torch_peaks(maps: Tensor, rule: PeakConfig) -> list[NDArray[np.int64]]:
