@@ -99,7 +99,8 @@ def _metric_row(metric: Metric) -> tuple[str, ...]:
     near = metric.percent_of_floor
     floor = ""
     if near is not None and metric.floor is not None:
-        floor = f"{near:.0f} % of {number(metric.floor)}"
+        share = f"{near:.0f}" if near >= 1 else f"{near:.2g}"
+        floor = f"{share} % of {number(metric.floor)}"
     return (metric.name, metric.unit, *cells, f"{len(metric.repeats)} x {count}", floor)
 
 
