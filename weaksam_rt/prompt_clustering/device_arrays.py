@@ -6,7 +6,8 @@ PyTorch, CuPy, JAX and Triton's tensors say where their memory is by DLPack or b
 
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +140,17 @@ def device_name(array: DeviceArray | JoinedArrays) -> str:
     return "cuda" if array.device is None else f"cuda:{array.device}"
 
 
+def device_of(*arrays: AnyArray, default: int) -> int:
+    """Number of the GPU on which the first array lies that says so; none does: ``default``."""
+    lent = (
+        part
+        for array in arrays
+        for part in (array.parts if isinstance(array, JoinedArrays) else (array,))
+    )
+    named = (a.device for a in lent if isinstance(a, DeviceArray) and a.device is not None)
+    return next(named, default)
+
+
 # ---------------------------------------------------------------------------------------------
 # __cuda_array_interface__
 # ---------------------------------------------------------------------------------------------
@@ -212,15 +224,27 @@ class _Tensor(ctypes.Structure):
 
 
 def _from_dlpack(name: str, value: Any) -> NDArray[Any] | DeviceArray:
-    device_type, _ = value.__dlpack_device__()
-    if int(device_type) in _DLPACK_HOST_DEVICES:
-        try:
+    with _dlpack_errors(name):
+        device_type = int(value.__dlpack_device__()[0])
+        if device_type in _DLPACK_HOST_DEVICES:
             return np.from_dlpack(value)
-        except (BufferError, RuntimeError, TypeError) as error:
-            raise ValueError(f"{name}: NumPy cannot read it by DLPack: {error}") from error
-    if int(device_type) not in _DLPACK_CUDA_DEVICES:
-        raise ValueError(f"{name}: DLPack device type {int(device_type)} is neither CPU nor CUDA")
-    return _from_capsule(name, value.__dlpack__(stream=_LEGACY_STREAM))
+    if device_type not in _DLPACK_CUDA_DEVICES:
+        raise ValueError(f"{name}: DLPack device type {device_type} is neither CPU nor CUDA")
+    with _dlpack_errors(name):
+        capsule = value.__dlpack__(stream=_LEGACY_STREAM)
+    return _from_capsule(name, capsule)
+
+
+@contextmanager
+def _dlpack_errors(name: str) -> Iterator[None]:
+    """What the owner of an array, or NumPy, says against lending it, as ``ValueError``."""
+    try:
+        yield
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} cannot be read by DLPack: {error}. Pass a plain contiguous array of numbers: "
+            "a tensor with a gradient as tensor.detach(), any other as a copy"
+        ) from error
 
 
 class _HostCapsule:
@@ -246,7 +270,8 @@ def _from_capsule(name: str, capsule: Any) -> NDArray[Any] | DeviceArray:
     pointer = api.PyCapsule_GetPointer(capsule, _CAPSULE_NAME)
     tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
     if tensor.device.type in _DLPACK_HOST_DEVICES:
-        return np.from_dlpack(_HostCapsule(capsule))
+        with _dlpack_errors(name):
+            return np.from_dlpack(_HostCapsule(capsule))
     if tensor.device.type not in _DLPACK_CUDA_DEVICES:
         raise ValueError(f"{name}: DLPack device type {tensor.device.type} is neither CPU nor CUDA")
     dtype = _numpy_dtype(name, tensor.dtype)
