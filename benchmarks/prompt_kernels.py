@@ -384,8 +384,8 @@ def _gpu_metrics(config: PromptKernelsConfig, peaks: Peaks) -> list[Metric]:
     metrics = []
     for num_images in (1, 8, 64):
         batch = map_batch(num_images)
-        times, outputs = kernel_times(executor, _prompt_plan(batch), config)
-        ours = read_prompts(outputs, full_capacity(batch, max_candidates=25))
+        times, outputs = kernel_times(executor, plan_prompts(batch, _CONFIG), config)
+        ours = read_prompts(outputs, full_capacity(batch, _CONFIG))
         if not np.array_equal(ours.sam_points, prompt_batch(batch, _CONFIG).sam_points):
             raise RuntimeError(f"{num_images} images: the kernels differ from NumPy")
         theirs = partial(_torch_batch, _on_gpu(batch))
@@ -413,15 +413,6 @@ def _gpu_metric(what: str, times: Times, num_bytes: int, peaks: Peaks) -> list[M
     ]
 
 
-def _prompt_plan(batch: MapBatch) -> Plan:
-    return plan_prompts(
-        batch,
-        cam_peaks=_CONFIG.cam_peaks,
-        cross_peaks=_CONFIG.cross_peaks,
-        points_per_cluster=_CONFIG.points_per_cluster,
-    )
-
-
 def kernel_times(
     executor: "CudaExecutor", plan: Plan, config: PromptKernelsConfig
 ) -> tuple[Times, dict[str, NDArray[Any]]]:
@@ -429,9 +420,9 @@ def kernel_times(
     and its outputs.
     """
     times: Times = {"kernels": [], "graph": []}
-    with executor.loaded(plan) as loaded, loaded.captured() as graph:
+    with executor.loaded(plan) as loaded:
         for _ in range(config.repeats):
-            for way, launch in (("kernels", loaded.launch), ("graph", graph)):
+            for way, launch in (("kernels", loaded.launch), ("graph", loaded.launch_graph)):
                 block = [
                     _launch_us(launch, executor.synchronize, config.launches)
                     for _ in range(config.samples)

@@ -55,7 +55,9 @@ class CudaDevice:
             self.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def copy_in(self, address: int, array: NDArray[Any]) -> None:
-        """Put a copy of a contiguous array on the stream; pageable memory is read at once."""
+        """Put a copy of a contiguous array on the stream. Pageable memory is read at once, a
+        ``PinnedBlock`` until ``synchronize``.
+        """
         if array.nbytes:
             self.call(
                 "cuMemcpyHtoDAsync_v2",
@@ -112,6 +114,11 @@ class DeviceArena:
         self._gpu = gpu
         self._address, self._num_bytes = ctypes.c_uint64(0), 0
 
+    @property
+    def num_bytes(self) -> int:
+        """What can be reserved without growing."""
+        return self._num_bytes
+
     def reserve(self, num_bytes: int) -> int:
         """The address of at least so many bytes, aligned as ``aligned_offsets`` wants it.
 
@@ -133,6 +140,36 @@ class DeviceArena:
             self._gpu.check(status, "cuMemAlloc")
             self._num_bytes = num_bytes
         return int(self._address.value)
+
+
+class PinnedBlock:
+    """Host memory that the GPU copies from and to while the host goes on; it grows like
+    ``DeviceArena``.
+    """
+
+    def __init__(self, gpu: CudaDevice) -> None:
+        """Allocate nothing yet."""
+        self._gpu = gpu
+        self._address, self._num_bytes = ctypes.c_uint64(0), 0
+
+    def reserve(self, num_bytes: int) -> NDArray[np.uint8]:
+        """So many bytes, the same ones again at the next call; nothing may be copied meanwhile.
+
+        Raises:
+            InferenceError: The host has not so much memory free.
+        """
+        if num_bytes > self._num_bytes:
+            if self._num_bytes:
+                self._gpu.call("cuMemFreeHost", self._address)
+                self._num_bytes = 0
+            self._gpu.call(
+                "cuMemAllocHost_v2", ctypes.byref(self._address), ctypes.c_size_t(num_bytes)
+            )
+            self._num_bytes = num_bytes
+        if num_bytes == 0:
+            return np.zeros(0, np.uint8)
+        memory = (ctypes.c_uint8 * num_bytes).from_address(int(self._address.value))
+        return np.ctypeslib.as_array(memory)
 
 
 def aligned_offsets(sizes: Sequence[int]) -> tuple[list[int], int]:

@@ -5,7 +5,7 @@ serving.
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -423,11 +423,11 @@ class WeakSamPipeline:
         boxes, scores = np.zeros((*shape, 4), np.float32), np.zeros(shape, np.float32)
         stability = np.zeros(shape, np.float32)
         counts: list[tuple[bytes, ...]] = [()] * len(prompts)
-        backend = self._config.clustering.backend
+        runs_on = _runs_on(self._config)
         for decoded in await self._decode(embedded, prompts):
             logits = decoded.logits[:, chosen].reshape(-1, *decoded.logits.shape[2:])
-            masks = masks_of_image(logits, embedded.frame, backend)
-            summary = summarize_masks(logits, *_all_of(logits, embedded.frame), backend=backend)
+            masks = masks_of_image(logits, embedded.frame, **runs_on)
+            summary = summarize_masks(logits, *_all_of(logits, embedded.frame), **runs_on)
             of_prompt = len(decoded.positions), num_masks
             boxes[decoded.positions] = rle_boxes(masks).reshape(*of_prompt, 4)
             stability[decoded.positions] = summary.stability.reshape(of_prompt)
@@ -526,8 +526,19 @@ def _all_of(
     return np.zeros(len(logits), np.int32), (frame,)
 
 
+class _RunsOn(TypedDict):
+    """Keyword arguments of the mask epilogue."""
+
+    backend: BackendName
+    device: int
+
+
+def _runs_on(settings: PipelineConfig) -> _RunsOn:
+    return {"backend": settings.clustering.backend, "device": settings.clustering.device}
+
+
 def masks_of_image(
-    logits: NDArray[np.float32], frame: ModelFrame, backend: BackendName
+    logits: NDArray[np.float32], frame: ModelFrame, *, backend: BackendName, device: int = 0
 ) -> InstanceMasks:
     """Masks at the image's resolution from SAM's logits, some at a time.
 
@@ -535,13 +546,16 @@ def masks_of_image(
         logits: [n, m, m] over the model frame.
         frame: Where the image lies in it.
         backend: What runs it.
+        device: Number of the GPU, for the backend ``cuda``.
     """
     height, width = frame.image_size
     at_a_time = max(1, _MASK_PIXELS_AT_A_TIME // (height * width))
     counts: list[bytes] = []
     for begin in range(0, len(logits), at_a_time):
         part = logits[begin : begin + at_a_time]
-        encoded = encode_masks(part, *_all_of(part, frame), backend=backend)
+        encoded = encode_masks(
+            part, *_all_of(part, frame), backend=backend, device=device, with_bits=False
+        )
         runs = np.split(encoded.runs, encoded.run_offsets[1:-1])
         counts += [compress_runs(of_mask, frame.image_size) for of_mask in runs]
     return InstanceMasks(rle_counts=tuple(counts), image_size=frame.image_size)
@@ -560,8 +574,7 @@ def _boxes_of_call(
             chosen[is_member, _MULTIMASK.start + mask] = True
     prompt = np.nonzero(chosen)[0]
     logits, scores = decoded.logits[chosen], decoded.iou_predictions[chosen]
-    backend = settings.clustering.backend
-    summary = summarize_masks(logits, *_all_of(logits, frame), backend=backend)
+    summary = summarize_masks(logits, *_all_of(logits, frame), **_runs_on(settings))
     stability = summary.stability.copy()
     if config.full_resolution_boxes:
         is_near = np.abs(stability - config.grid_stability_thresh) < _STABILITY_DOUBT

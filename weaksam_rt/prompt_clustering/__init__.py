@@ -12,22 +12,25 @@ from numpy.typing import NDArray
 from weaksam_rt.backends.base import Arrays
 from weaksam_rt.contracts import ClusteringParameters, prompt_clustering_contract
 from weaksam_rt.preprocessing import ModelFrame
-from weaksam_rt.prompt_clustering._backends import prompt_backend
+from weaksam_rt.prompt_clustering._backends import PromptBackend, prompt_backend
 from weaksam_rt.prompt_clustering._reference import cluster_points
 from weaksam_rt.prompt_clustering.batch import (
     EncodedMasks,
     MapBatch,
     MaskSummary,
     PromptBatch,
+    check_image_maps,
     check_mask_pixels,
     check_masks,
     check_scored_boxes,
 )
 from weaksam_rt.prompt_clustering.config import BackendName, ClusteringConfig
 from weaksam_rt.prompt_clustering.device_arrays import (
+    AnyArray,
     DeviceArray,
     JoinedArrays,
     as_array,
+    device_of,
     host_array,
 )
 from weaksam_rt.types import ImageSize, PointPrompts, PromptSource
@@ -78,7 +81,6 @@ def prompts_from_maps(
     class_ids: NDArray[np.int32],
     image_size: ImageSize,
     config: ClusteringConfig,
-    device: int = 0,
 ) -> PointPrompts:
     """Peaks of all maps, those of the cross-attention maps clustered over all classes and heads.
 
@@ -91,10 +93,14 @@ def prompts_from_maps(
         class_ids: [c].
         image_size: (height, width) of the original image, in whose pixels peaks are searched.
         config: Windows, thresholds, cluster size, backend.
-        device: Number of the GPU, for the backend ``cuda``.
 
     Returns:
         Prompts in the order coarse, fine, cross. Cross prompts have no class.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit each other, or are not for the kernels where the
+            backend is ``cuda``.
+        BackendUnavailableError: The configured backend cannot run here.
     """
     frame = ModelFrame(image_size=image_size, valid_size=image_size, model_size=max(image_size))
     batch = _batch_of_image(
@@ -104,22 +110,22 @@ def prompts_from_maps(
         class_ids,
         frame,
     )
-    return prompt_batch(batch, config, device=device).prompts
+    return _backend_of(config, batch.maps).point_prompts(batch, config)
 
 
-def prompt_batch(batch: MapBatch, config: ClusteringConfig, *, device: int = 0) -> PromptBatch:
+def prompt_batch(batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
     """Prompts of several images at once, packed for SAM's decoder.
 
     Args:
         batch: Checked maps. A map with a value that is not finite has no peaks.
         config: Windows, thresholds, cluster size, backend.
-        device: Number of the GPU, for the backend ``cuda``.
 
     Raises:
+        ValueError: The maps are not for the kernels, and the backend is ``cuda``.
         BackendUnavailableError: The configured backend cannot run here.
-        InferenceError: The prompts do not fit the backend's buffers.
+        InferenceError: The GPU failed, or its memory does not hold the batch.
     """
-    return prompt_backend(config.backend, device).prompt_batch(batch, config)
+    return _backend_of(config, batch.maps).prompt_batch(batch, config)
 
 
 def summarize_masks(
@@ -128,6 +134,7 @@ def summarize_masks(
     frames: Sequence[ModelFrame],
     *,
     backend: BackendName,
+    device: int = 0,
 ) -> MaskSummary:
     """Box, stability score and area of masks of several images, from SAM's own resolution.
 
@@ -137,13 +144,15 @@ def summarize_masks(
         mask_images: [n], position of each mask's image in ``frames``.
         frames: For each image its frame.
         backend: What runs it.
+        device: Number of the GPU for logits that lie on none.
 
     Raises:
         ValueError: Shapes, dtypes or positions do not fit each other.
     """
     logits = as_array("logits", logits)
     check_masks(logits, mask_images, len(frames))
-    return prompt_backend(backend).summarize_masks(logits, mask_images, frames)
+    chosen = prompt_backend(backend, device_of(logits, default=device))
+    return chosen.summarize_masks(logits, mask_images, frames)
 
 
 def encode_masks(
@@ -152,6 +161,8 @@ def encode_masks(
     frames: Sequence[ModelFrame],
     *,
     backend: BackendName,
+    device: int = 0,
+    with_bits: bool = True,
 ) -> EncodedMasks:
     """Masks of several images at the images' resolution, as bits and as COCO's run lengths.
 
@@ -161,6 +172,8 @@ def encode_masks(
         mask_images: [n], position of each mask's image in ``frames``.
         frames: For each image its frame; all of one model size.
         backend: What runs it.
+        device: Number of the GPU for logits that lie on none.
+        with_bits: Whether the bits are wanted too; they are many more bytes than the runs.
 
     Raises:
         ValueError: Shapes, dtypes or positions do not fit each other, or the masks have more
@@ -169,7 +182,8 @@ def encode_masks(
     logits = as_array("logits", logits)
     check_masks(logits, mask_images, len(frames))
     check_mask_pixels(mask_images, frames)
-    return prompt_backend(backend).encode_masks(logits, mask_images, frames)
+    chosen = prompt_backend(backend, device_of(logits, default=device))
+    return chosen.encode_masks(logits, mask_images, frames, with_bits=with_bits)
 
 
 def class_nms(
@@ -179,6 +193,7 @@ def class_nms(
     *,
     iou_thresh: float,
     backend: BackendName,
+    device: int = 0,
 ) -> NDArray[np.int64]:
     """Greedy non-maximum suppression within each label.
 
@@ -192,6 +207,7 @@ def class_nms(
         labels: int32 [n].
         iou_thresh: In [0, 1]; a box goes when its IoU with a kept, better one is above this.
         backend: What runs it.
+        device: Number of the GPU for arrays that lie on none.
 
     Returns:
         Indices of the kept boxes, best score first.
@@ -202,7 +218,8 @@ def class_nms(
     boxes, scores = as_array("boxes", boxes), as_array("scores", scores)
     labels = as_array("labels", labels)
     check_scored_boxes(boxes, scores, labels, iou_thresh)
-    return prompt_backend(backend).class_nms(boxes, scores, labels, iou_thresh)
+    chosen = prompt_backend(backend, device_of(boxes, scores, labels, default=device))
+    return chosen.class_nms(boxes, scores, labels, iou_thresh)
 
 
 def prompt_clustering_model(
@@ -210,11 +227,10 @@ def prompt_clustering_model(
     outputs: Sequence[str] | None = None,
     *,
     config: ClusteringConfig = _DEFAULT,
-    device: int = 0,
 ) -> dict[str, NDArray[Any]]:
     """``prompts_from_maps`` with the arrays of the contract ``prompt_clustering``.
 
-    Maps may be ``DeviceArray`` on the GPU ``device``; ``class_ids`` and ``image_size`` may not.
+    Maps may be ``DeviceArray``; ``class_ids`` and ``image_size`` may not.
     """
     _CONTRACT.check_inputs(inputs)
     height, width = (int(side) for side in host_array("image_size", inputs["image_size"]))
@@ -223,10 +239,13 @@ def prompt_clustering_model(
         class_ids=host_array("class_ids", inputs["class_ids"]),
         image_size=(height, width),
         config=config,
-        device=device,
     )
     names = [spec.name for spec in _CONTRACT.outputs] if outputs is None else outputs
     return {name: getattr(prompts, name) for name in names}
+
+
+def _backend_of(config: ClusteringConfig, maps: AnyArray) -> PromptBackend:
+    return prompt_backend(config.backend, device_of(maps, default=config.device))
 
 
 def _batch_of_image(
@@ -236,18 +255,13 @@ def _batch_of_image(
     class_ids: NDArray[np.int32],
     frame: ModelFrame,
 ) -> MapBatch:
-    grids = [maps.shape[-2:] for maps in (coarse_maps, fine_maps, cross_maps)]
-    if not grids[0] == grids[1] == grids[2]:
-        raise ValueError(
-            "coarse, fine and cross maps must share one grid, got "
-            f"{grids[0]}, {grids[1]} and {grids[2]}"
-        )
-    num_layers, num_classes = cross_maps.shape[:2]
-    counts = [len(coarse_maps), len(fine_maps), num_layers * num_classes]
-    parts = (coarse_maps, fine_maps, cross_maps.reshape(counts[2], *grids[2]))
+    check_image_maps(coarse_maps, fine_maps, cross_maps, class_ids)
+    num_layers, num_classes, height, width = cross_maps.shape
+    counts = [num_classes, num_classes, num_layers * num_classes]
+    parts = (coarse_maps, fine_maps, cross_maps.reshape(counts[2], height, width))
     sources = (PromptSource.COARSE, PromptSource.FINE, PromptSource.CROSS)
     return MapBatch(
-        maps=_joined(parts, (1, sum(counts), *grids[0])),
+        maps=_joined(parts, (1, sum(counts), height, width)),
         map_images=np.zeros(sum(counts), np.int32),
         map_sources=np.repeat(np.array(sources, np.int32), counts),
         map_classes=np.concatenate([class_ids, class_ids, np.tile(class_ids, num_layers)]),
@@ -261,7 +275,4 @@ def _joined(
     on_host = [part for part in parts if isinstance(part, np.ndarray)]
     if len(on_host) == len(parts):
         return np.concatenate(on_host).reshape(shape)
-    dtypes = {part.dtype for part in parts}
-    if len(dtypes) > 1:
-        raise ValueError(f"maps must share one dtype, got {sorted(map(str, dtypes))}")
     return JoinedArrays(parts=parts, shape=shape)

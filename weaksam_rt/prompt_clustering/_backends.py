@@ -1,8 +1,9 @@
 """One interface to the prompt chain, and the one place where its implementation is chosen."""
 
 import logging
+import threading
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -21,6 +22,7 @@ from weaksam_rt.types import PointPrompts
 _GUESSED_RUNS_OF_COLUMN = 4
 """Enough for a column that crosses a mask twice."""
 _LOGGER = logging.getLogger(__name__)
+_MAKING = threading.Lock()
 
 
 @runtime_checkable
@@ -29,6 +31,10 @@ class PromptBackend(Protocol):
 
     def prompt_batch(self, batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
         """Maps of a batch to packed prompts."""
+        ...
+
+    def point_prompts(self, batch: MapBatch, config: ClusteringConfig) -> PointPrompts:
+        """The point prompts of ``prompt_batch`` alone."""
         ...
 
     def summarize_masks(
@@ -45,8 +51,10 @@ class PromptBackend(Protocol):
         logits: AnyArray,
         mask_images: NDArray[np.int32],
         frames: Sequence[ModelFrame],
+        *,
+        with_bits: bool = True,
     ) -> EncodedMasks:
-        """Bits and run lengths of each mask."""
+        """Run lengths and, if wanted, bits of each mask."""
         ...
 
     def class_nms(
@@ -65,17 +73,23 @@ class ReferenceBackend:
 
     def prompt_batch(self, batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
         """Peaks of all maps together, then image by image."""
+        return _reference.pack_batch(self._images(batch, config), batch.frames)
+
+    def point_prompts(self, batch: MapBatch, config: ClusteringConfig) -> PointPrompts:
+        """The same without SAM's prompts."""
+        return PointPrompts.concatenate(self._images(batch, config))
+
+    def _images(self, batch: MapBatch, config: ClusteringConfig) -> list[PointPrompts]:
         peaks = _reference.batch_peaks(
             batch,
             cam_peaks=config.cam_peaks,
             cross_peaks=config.cross_peaks,
             find_peaks=low_res_peaks,
         )
-        images = [
+        return [
             _reference.image_prompts(batch, image, peaks, config.points_per_cluster)
             for image in range(batch.num_images)
         ]
-        return _reference.pack_batch(images, batch.frames)
 
     def summarize_masks(
         self,
@@ -91,10 +105,16 @@ class ReferenceBackend:
         logits: AnyArray,
         mask_images: NDArray[np.int32],
         frames: Sequence[ModelFrame],
+        *,
+        with_bits: bool = True,
     ) -> EncodedMasks:
         """Mask by mask."""
         return _reference.encode_masks(
-            host_array("logits", logits), mask_images, frames, upsample=inside_down_columns
+            host_array("logits", logits),
+            mask_images,
+            frames,
+            with_bits=with_bits,
+            upsample=inside_down_columns,
         )
 
     def class_nms(
@@ -117,27 +137,60 @@ class KernelBackend:
     """The kernels of ``csrc``, wherever the executor runs them."""
 
     def __init__(
-        self, executor: _plan.Executor, capacity: _plan.PromptCapacity | None = None
+        self,
+        executor: _plan.Executor,
+        *,
+        capacity: _plan.PromptCapacity | None = None,
+        fallback: PromptBackend | None = None,
     ) -> None:
-        """``capacity`` bounds the results of a batch; None: room for all that can be."""
+        """Take the executor.
+
+        Args:
+            executor: Runs the kernels.
+            capacity: Bounds the results of a batch; None: room for all that can be.
+            fallback: Takes batches on the host that the kernels do not take; None: an error.
+        """
         self._executor = executor
         self._capacity = capacity
+        self._fallback = fallback
+        self._has_fallen_back = False
 
     def prompt_batch(self, batch: MapBatch, config: ClusteringConfig) -> PromptBatch:
         """All images at once."""
         if len(batch.map_images) == 0:
             empty = [PointPrompts.concatenate([])] * batch.num_images
             return _reference.pack_batch(empty, batch.frames)
-        most = max(config.cam_peaks.max_candidates, config.cross_peaks.max_candidates)
-        capacity = self._capacity or _plan.full_capacity(batch, max_candidates=most)
-        plan = _plan.plan_prompts(
-            batch,
-            cam_peaks=config.cam_peaks,
-            cross_peaks=config.cross_peaks,
-            points_per_cluster=config.points_per_cluster,
-            capacity=capacity,
-        )
+        try:
+            plan, capacity = self._prompt_plan(batch, config, with_sam=True)
+        except _plan.KernelLimitError as error:
+            return self._instead(batch, error).prompt_batch(batch, config)
         return _plan.read_prompts(self._executor.run(plan), capacity)
+
+    def point_prompts(self, batch: MapBatch, config: ClusteringConfig) -> PointPrompts:
+        """The same without reading SAM's prompts back."""
+        if len(batch.map_images) == 0:
+            return PointPrompts.concatenate([])
+        try:
+            plan, capacity = self._prompt_plan(batch, config, with_sam=False)
+        except _plan.KernelLimitError as error:
+            return self._instead(batch, error).point_prompts(batch, config)
+        return _plan.read_points(self._executor.run(plan), capacity)
+
+    def _prompt_plan(
+        self, batch: MapBatch, config: ClusteringConfig, *, with_sam: bool
+    ) -> tuple[_plan.Plan, _plan.PromptCapacity]:
+        capacity = self._capacity or _plan.full_capacity(batch, config)
+        plan = _plan.plan_prompts(batch, config, capacity=capacity, with_sam=with_sam)
+        return plan, capacity
+
+    def _instead(self, batch: MapBatch, error: _plan.KernelLimitError) -> PromptBackend:
+        """What takes the batch instead; says so, once."""
+        if self._fallback is None or not isinstance(batch.maps, np.ndarray):
+            raise error
+        if not self._has_fallen_back:
+            _LOGGER.info("prompt clustering: backend reference for such batches, since %s", error)
+            self._has_fallen_back = True
+        return self._fallback
 
     def summarize_masks(
         self,
@@ -156,14 +209,20 @@ class KernelBackend:
         logits: AnyArray,
         mask_images: NDArray[np.int32],
         frames: Sequence[ModelFrame],
+        *,
+        with_bits: bool = True,
     ) -> EncodedMasks:
         """All masks at once; a second time where they have more runs than was guessed."""
         if len(logits) == 0:
-            return _reference.encode_masks(_no_logits(logits), mask_images, frames)
+            return _reference.encode_masks(
+                _no_logits(logits), mask_images, frames, with_bits=with_bits
+            )
         widths = np.array([frame.image_size[1] for frame in frames], np.int64)
         capacity = int((_GUESSED_RUNS_OF_COLUMN * widths + 1)[mask_images].sum())
         while True:
-            plan = _plan.plan_mask_encoding(logits, mask_images, frames, run_capacity=capacity)
+            plan = _plan.plan_mask_encoding(
+                logits, mask_images, frames, run_capacity=capacity, with_bits=with_bits
+            )
             outputs = self._executor.run(plan)
             needed = int(outputs["run_offsets"][-1])
             if needed <= capacity:
@@ -183,13 +242,15 @@ class KernelBackend:
         return _plan.read_nms(self._executor.run(_plan.plan_nms(boxes, scores, labels, iou_thresh)))
 
 
+_REFERENCE = ReferenceBackend()
+
+
 def _no_logits(logits: AnyArray) -> NDArray[np.float32]:
     return np.zeros(logits.shape, np.float32)
 
 
-@lru_cache(maxsize=32)
 def prompt_backend(name: BackendName, device: int = 0) -> PromptBackend:
-    """The backend of this name; made once.
+    """The backend of this name; made once for each GPU.
 
     Args:
         name: ``reference``, ``cuda`` or ``auto``.
@@ -198,17 +259,32 @@ def prompt_backend(name: BackendName, device: int = 0) -> PromptBackend:
     Raises:
         BackendUnavailableError: ``cuda`` cannot run here; the message says what is missing.
     """
-    if name == "reference":
-        return ReferenceBackend()
+    # One at a time: threads that ask together must not take a GPU twice.
+    with _MAKING:
+        if name == "reference":
+            return _REFERENCE
+        return _cuda_backend(device) if name == "cuda" else _auto_backend(device)
+
+
+@cache
+def _executor(device: int) -> _plan.Executor:
     # Imported late: it looks for a driver.
     from weaksam_rt.prompt_clustering._cuda import CudaExecutor
 
+    executor = CudaExecutor(device)
+    _LOGGER.info("prompt clustering: backend cuda on GPU %d", device)
+    return executor
+
+
+@cache
+def _cuda_backend(device: int) -> PromptBackend:
+    return KernelBackend(_executor(device))
+
+
+@cache
+def _auto_backend(device: int) -> PromptBackend:
     try:
-        executor = CudaExecutor(device)
+        return KernelBackend(_executor(device), fallback=_REFERENCE)
     except BackendUnavailableError as error:
-        if name == "cuda":
-            raise
         _LOGGER.info("prompt clustering: backend reference, since %s", error)
-        return ReferenceBackend()
-    _LOGGER.info("prompt clustering: backend cuda")
-    return KernelBackend(executor)
+        return _REFERENCE

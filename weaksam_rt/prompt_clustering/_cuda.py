@@ -1,13 +1,16 @@
 """Plans on an NVIDIA GPU, through the driver that comes with it; no other package is needed.
 
 The kernels are prebuilt (``_prebuilt``), or compiled at first use (``_nvrtc``). A plan's inputs go
-up in one copy, its launches follow on one stream, and only reading the outputs waits.
+up in one copy, its launches follow on one stream, its outputs come back in one copy, which alone is
+waited for. What was prepared for a program is kept; from its second run on it is one CUDA graph.
 """
 
 import ctypes
 import logging
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from weaksam_rt.cuda_driver import CudaDevice, DeviceArena, aligned_offsets
+from weaksam_rt.cuda_driver import CudaDevice, DeviceArena, PinnedBlock, aligned_offsets
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError
 from weaksam_rt.prompt_clustering._nvrtc import kernel_cubin
-from weaksam_rt.prompt_clustering._plan import Argument, Launch, Plan
+from weaksam_rt.prompt_clustering._plan import Argument, Buffer, Launch, Plan
 from weaksam_rt.prompt_clustering._prebuilt import prebuilt_kernels
-from weaksam_rt.prompt_clustering.device_arrays import DeviceArray, JoinedArrays
+from weaksam_rt.prompt_clustering.device_arrays import AnyArray, DeviceArray, JoinedArrays
 
 _LOGGER = logging.getLogger(__name__)
 # Numbers of the driver's enums.
@@ -30,6 +33,8 @@ _EVENT_WITHOUT_TIMING = 2
 _CAPTURE_THREAD_LOCAL = 1
 _SURE_SHARED_BYTES = 32 * 1024
 """So much dynamic shared memory needs no permission: 48 KiB less any kernel's static part."""
+_KEPT_PROGRAMS = 32
+"""Prepared launches and graphs; the longest unused one goes."""
 
 
 def kernel_codes(architecture: str) -> Iterator[tuple[str, bytes]]:
@@ -56,7 +61,10 @@ class CudaExecutor:
         self._lock = threading.Lock()
         self._module = ctypes.c_void_p()
         self._functions: dict[str, ctypes.c_void_p] = {}
+        self._shared_bytes: dict[str, int] = {}
         self._arena = DeviceArena(self._gpu)
+        self._pinned = PinnedBlock(self._gpu)
+        self._placed: OrderedDict[Hashable, _PlacedProgram] = OrderedDict()
         with self._gpu.current():
             self._load_module("sm_{}{}".format(*self._gpu.compute_capability))
 
@@ -68,36 +76,59 @@ class CudaExecutor:
         """
         with self._lock, self._gpu.current():
             loaded = LoadedPlan(self, plan)
-            loaded.launch()
+            loaded.placed.launch_again()
             return loaded.outputs()
 
     @contextmanager
     def loaded(self, plan: Plan) -> Iterator["LoadedPlan"]:
         """The plan with its inputs on the GPU, to launch it again and again."""
         with self._lock, self._gpu.current():
-            yield LoadedPlan(self, plan)
+            try:
+                yield LoadedPlan(self, plan)
+            finally:
+                # The next plan writes where this one's inputs are copied from.
+                self.synchronize()
 
-    def _load(self, plan: Plan) -> dict[str, int]:
-        """Copy the inputs that do not lie on the GPU already; the address of every array."""
-        on_gpu = {n: a for n, a in plan.inputs.items() if isinstance(a, DeviceArray)}
+    def _load(self, plan: Plan) -> "_PlacedProgram":
+        """Copy the inputs that do not lie on the GPU already."""
+        lent = [(n, a) for n, a in plan.inputs.items() if isinstance(a, DeviceArray)]
         joined = {n: a for n, a in plan.inputs.items() if isinstance(a, JoinedArrays)}
-        parts = [(n, p) for n, a in joined.items() for p in a.parts if isinstance(p, DeviceArray)]
-        for name, lent in [*on_gpu.items(), *parts]:
-            self._check_device(name, lent)
-        for _, lent in [*on_gpu.items(), *parts]:
-            self._wait_for(lent.stream)
-        offsets, input_bytes, total = _layout(plan)
-        base = self._arena.reserve(total)
-        staging = np.zeros(input_bytes, np.uint8)
-        for name, array in plan.inputs.items():
-            if isinstance(array, np.ndarray):
-                _write(staging, offsets[name], array)
-        self._gpu.copy_in(base, staging)
-        # The copy has left pageable memory when the call returns.
-        addresses = {name: base + offset for name, offset in offsets.items()}
+        lent += [(n, p) for n, a in joined.items() for p in a.parts if isinstance(p, DeviceArray)]
+        for name, array in lent:
+            self._check_device(name, array)
+        for _, array in lent:
+            self._wait_for(array.stream)
+        placed = self._place(plan)
+        staging = placed.pinned(self._pinned)[: placed.layout.input_bytes]
+        for name, content in plan.inputs.items():
+            if isinstance(content, np.ndarray):
+                _view(staging, placed.layout.offsets[name], content.dtype, content.shape)[...] = (
+                    content
+                )
+        self._gpu.copy_in(placed.base, staging)
         for name, together in joined.items():
-            self._join(addresses[name], together)
-        return addresses | {name: lent.address for name, lent in on_gpu.items()}
+            self._join(placed.addresses[name], together)
+        return placed
+
+    def _place(self, plan: Plan) -> "_PlacedProgram":
+        """Where everything lies, with the launches prepared for it: now, or before."""
+        # The program decides the rest, and is the same object for the same shapes.
+        key = (plan.program, *map(_placement, plan.inputs.values()))
+        placed = self._placed.pop(key, None)
+        if placed is None:
+            layout = _layout(plan)
+            if layout.total_bytes > self._arena.num_bytes:
+                # Their addresses go with the arena's memory.
+                self._forget(0)
+            placed = _PlacedProgram(self, plan, layout, self._arena.reserve(layout.total_bytes))
+        self._placed[key] = placed
+        self._forget(_KEPT_PROGRAMS)
+        return placed
+
+    def _forget(self, left: int) -> None:
+        """The longest unused programs, until so many are left."""
+        while len(self._placed) > left:
+            self._placed.popitem(last=False)[1].destroy()
 
     def _join(self, address: int, array: JoinedArrays) -> None:
         """Copy the parts behind each other; those on the GPU stay on it."""
@@ -131,7 +162,8 @@ class CudaExecutor:
         ours = self._gpu.ordinal
         if device is not None and device != ours:
             raise ValueError(
-                f"{name} lies on cuda:{device}, the kernels run on cuda:{ours}: copy it there"
+                f"{name} lies on cuda:{device}, the kernels run on cuda:{ours}: copy it "
+                f"there, or name the device {device}"
             )
 
     def _wait_for(self, stream: int | None) -> None:
@@ -147,25 +179,18 @@ class CudaExecutor:
             # The driver keeps it until the wait is over.
             self._call("cuEventDestroy_v2", event)
 
-    def _read(self, plan: Plan, addresses: Mapping[str, int]) -> dict[str, NDArray[Any]]:
-        outputs: dict[str, NDArray[Any]] = {}
-        for name in plan.outputs:
-            buffer = plan.buffers[name]
-            outputs[name] = np.empty(buffer.shape, buffer.dtype)
-            self._gpu.copy_out(outputs[name], addresses[name])
-        self.synchronize()
-        return outputs
-
     def synchronize(self) -> None:
         """Wait for everything launched."""
         self._gpu.synchronize()
 
     def _prepare(self, launch: Launch, addresses: Mapping[str, int]) -> "_PreparedLaunch":
         function = self._function(launch.kernel)
-        if launch.shared_bytes > _SURE_SHARED_BYTES:
+        if launch.shared_bytes > self._shared_bytes.get(launch.kernel, _SURE_SHARED_BYTES):
+            # Never less than before: programs that were prepared then may run again.
             self._call(
                 "cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, launch.shared_bytes
             )
+            self._shared_bytes[launch.kernel] = launch.shared_bytes
         values = tuple(_as_ctypes(argument, addresses) for argument in launch.arguments)
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
         sizes = (*launch.grid, 1, launch.threads, 1, 1, launch.shared_bytes)
@@ -206,26 +231,65 @@ class _PreparedLaunch:
     """What the kernel's arguments point to; kept alive here."""
 
 
-class LoadedPlan:
-    """A plan whose inputs are on the GPU. Made by ``CudaExecutor``, valid while it is held."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layout:
+    """Where arrays lie in the arena: inputs of the host first, outputs last."""
 
-    def __init__(self, executor: CudaExecutor, plan: Plan) -> None:
-        """Copy the inputs and prepare the launches."""
-        self._executor, self._plan = executor, plan
-        self._addresses = executor._load(plan)
-        self._launches = [executor._prepare(launch, self._addresses) for launch in plan.launches]
+    offsets: Mapping[str, int]
+    """Of every array without a place of its own, in bytes."""
+    input_bytes: int
+    output_begin: int
+    output_end: int
+    total_bytes: int
+
+
+class _PlacedProgram:
+    """A program with the addresses of its arrays; valid until the arena grows."""
+
+    def __init__(self, executor: CudaExecutor, plan: Plan, layout: _Layout, base: int) -> None:
+        """Prepare the launches."""
+        self.layout, self.base = layout, base
+        self.addresses = {name: base + offset for name, offset in layout.offsets.items()}
+        lent = {n: a.address for n, a in plan.inputs.items() if isinstance(a, DeviceArray)}
+        self._executor = executor
+        self._launches = [
+            executor._prepare(launch, self.addresses | lent) for launch in plan.program.launches
+        ]
+        self._graph: ctypes.c_void_p | None = None
+        self._has_run = False
+
+    def pinned(self, block: PinnedBlock) -> NDArray[np.uint8]:
+        """Room on the host for the inputs, then the outputs."""
+        return block.reserve(
+            self.layout.input_bytes + self.layout.output_end - self.layout.output_begin
+        )
 
     def launch(self) -> None:
         """Put all launches on the stream; returns before they have run."""
         for prepared in self._launches:
             self._executor._call("cuLaunchKernel", *prepared.arguments)
+        self._has_run = True
 
-    @contextmanager
-    def captured(self) -> Iterator[Callable[[], None]]:
-        """All launches as one CUDA graph: a function that puts it on the stream.
+    def launch_again(self) -> None:
+        """``launch``, from the second time on as a graph: many shapes are seen only once."""
+        if self._has_run:
+            self.launch_graph()
+        else:
+            self.launch()
 
-        The host then pays for one call instead of one a kernel.
-        """
+    def launch_graph(self) -> None:
+        """All launches by one call of the driver; the graph is made once."""
+        if self._graph is None:
+            self._graph = self._captured()
+        self._executor._call("cuGraphLaunch", self._graph, self._executor._stream)
+
+    def destroy(self) -> None:
+        """Give the graph back, if there is one."""
+        if self._graph is not None:
+            self._executor._call("cuGraphExecDestroy", self._graph)
+            self._graph = None
+
+    def _captured(self) -> ctypes.c_void_p:
         call, stream = self._executor._call, self._executor._stream
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD_LOCAL)
@@ -237,35 +301,78 @@ class LoadedPlan:
             call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0))
         finally:
             call("cuGraphDestroy", graph)
-        try:
-            yield lambda: call("cuGraphLaunch", executable, stream)
-        finally:
-            self._executor.synchronize()
-            call("cuGraphExecDestroy", executable)
+        return executable
+
+
+class LoadedPlan:
+    """A plan whose inputs are on the GPU. Made by ``CudaExecutor``, valid while it is held."""
+
+    def __init__(self, executor: CudaExecutor, plan: Plan) -> None:
+        """Copy the inputs and prepare the launches."""
+        self._executor, self._plan = executor, plan
+        self.placed = executor._load(plan)
+
+    def launch(self) -> None:
+        """Put all launches on the stream; returns before they have run."""
+        self.placed.launch()
+
+    def launch_graph(self) -> None:
+        """The same as one CUDA graph: the host pays for one call instead of one a kernel."""
+        self.placed.launch_graph()
 
     def outputs(self) -> dict[str, NDArray[Any]]:
-        """Wait for the launches, then read the outputs."""
-        return self._executor._read(self._plan, self._addresses)
+        """Wait for the launches; all outputs in one copy."""
+        layout, program = self.placed.layout, self._plan.program
+        read = self.placed.pinned(self._executor._pinned)[layout.input_bytes :]
+        self._executor._gpu.copy_out(read, self.placed.base + layout.output_begin)
+        self._executor.synchronize()
+        # The next plan's outputs come to the same place.
+        content = read.copy()
+        return {
+            name: _view(
+                content,
+                layout.offsets[name] - layout.output_begin,
+                np.dtype(program.buffers[name].dtype),
+                program.buffers[name].shape,
+            )
+            for name in program.outputs
+        }
 
 
-def _layout(plan: Plan) -> tuple[dict[str, int], int, int]:
-    """Offset of every array without a place of its own, bytes of the host's inputs (which stand
-    first), bytes of all.
-    """
+def _placement(array: AnyArray) -> Hashable:
+    """What an input's place depends on besides the program."""
+    if isinstance(array, DeviceArray):
+        return array.address
+    return isinstance(array, JoinedArrays), array.nbytes
+
+
+def _layout(plan: Plan) -> _Layout:
+    buffers, outputs = plan.program.buffers, plan.program.outputs
     on_host = {n: a.nbytes for n, a in plan.inputs.items() if isinstance(a, np.ndarray)}
-    sizes = on_host | {n: a.nbytes for n, a in plan.inputs.items() if isinstance(a, JoinedArrays)}
-    for name, buffer in plan.buffers.items():
-        items = int(np.prod(buffer.shape, dtype=np.int64))
-        sizes[name] = items * np.dtype(buffer.dtype).itemsize
-    offsets, total = aligned_offsets(list(sizes.values()))
-    _, input_bytes = aligned_offsets(list(on_host.values()))
-    return dict(zip(sizes, offsets, strict=True)), input_bytes, total
+    joined = {n: a.nbytes for n, a in plan.inputs.items() if isinstance(a, JoinedArrays)}
+    scratch = {n: _num_bytes(b) for n, b in buffers.items() if n not in outputs}
+    sizes = on_host | joined | scratch | {n: _num_bytes(buffers[n]) for n in outputs}
+    starts, total_bytes = aligned_offsets(list(sizes.values()))
+    offsets = dict(zip(sizes, starts, strict=True))
+    return _Layout(
+        offsets=offsets,
+        input_bytes=aligned_offsets(list(on_host.values()))[1],
+        output_begin=offsets[outputs[0]],
+        output_end=offsets[outputs[-1]] + sizes[outputs[-1]],
+        total_bytes=total_bytes,
+    )
 
 
-def _write(staging: NDArray[np.uint8], offset: int, array: NDArray[Any]) -> None:
-    if array.size:
-        content = np.ascontiguousarray(array).view(np.uint8).ravel()
-        staging[offset : offset + array.nbytes] = content
+def _num_bytes(buffer: Buffer) -> int:
+    return math.prod(buffer.shape) * np.dtype(buffer.dtype).itemsize
+
+
+def _view(
+    memory: NDArray[np.uint8], offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> NDArray[Any]:
+    """The array that lies there."""
+    end = offset + math.prod(shape) * dtype.itemsize
+    return memory[offset:end].view(dtype).reshape(shape)
 
 
 def _as_ctypes(argument: Argument, addresses: Mapping[str, int]) -> Any:

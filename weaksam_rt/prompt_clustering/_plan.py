@@ -6,6 +6,7 @@ each other on one stream; no stage waits for the host.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +17,7 @@ from weaksam_rt.errors import InferenceError
 from weaksam_rt.preprocessing import AxisSamples, ModelFrame, axis_samples
 from weaksam_rt.prompt_clustering._reference import NUM_STARTS
 from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSummary, PromptBatch
+from weaksam_rt.prompt_clustering.config import ClusteringConfig
 from weaksam_rt.prompt_clustering.device_arrays import AnyArray, host_array
 from weaksam_rt.types import PointPrompts, PromptSource
 
@@ -40,17 +42,14 @@ MAX_MAP_SIDE = 64
 """Sides of a low-resolution map; a whole map lies in a GPU block's shared memory."""
 _THREADS = 256
 _MAX_BLOCKS_OF_MASK = 64
-_PACKED = (
-    "points",
-    "scores",
-    "class_ids",
-    "sources",
-    "point_offsets",
-    "sam_points",
-    "sam_labels",
-    "sam_offsets",
-    "image_index",
-)
+_MAX_SAM_POINTS = 2**30 - 1
+"""The kernels count coordinates of points in 32 bits."""
+_CONFLICT_BYTES = 32 * 2**20
+"""Of the part of the matrix of overlaps that is in memory at a time."""
+_POINT_OUTPUTS = ("points", "scores", "class_ids", "sources")
+_SAM_OUTPUTS = ("point_offsets", "sam_points", "sam_labels", "sam_offsets", "image_index")
+_CACHED_PROGRAMS = 64
+"""Of each kind; a service sees few shapes again and again."""
 
 Argument = str | tuple[str, ...] | np.generic | NDArray[Any]
 """A buffer by name, a struct of buffers by their names, or a value: a scalar or a 0-d record."""
@@ -76,15 +75,29 @@ class Launch:
     """Dynamic shared memory of a block."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """Inputs, buffers and launches; what is read back."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """What shapes alone decide. The same shapes give the same object, for which an executor may
+    keep what it prepared.
+    """
 
-    inputs: Mapping[str, AnyArray]
-    """In host memory, or where their owner has them on the GPU."""
     buffers: Mapping[str, Buffer]
     launches: tuple[Launch, ...]
     outputs: tuple[str, ...]
+    """What is read back; other buffers stay where they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A program and what it works on."""
+
+    program: Program
+    inputs: Mapping[str, AnyArray]
+    """In host memory, or where their owner has them on the GPU."""
+
+
+class KernelLimitError(ValueError):
+    """The kernels do not take what the definition would."""
 
 
 @runtime_checkable
@@ -108,69 +121,132 @@ class PromptCapacity:
     """Points of SAM's prompts, padding included."""
 
 
-def full_capacity(batch: MapBatch, *, max_candidates: int) -> PromptCapacity:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _PromptShape:
+    """All that the program of a batch depends on."""
+
+    num_passes: int
+    num_maps: int
+    rows: int
+    columns: int
+    num_images: int
+    num_samples: int
+    """Sum of the images' sides."""
+    cluster_points: int
+    """Cross-attention peaks that the batch can have."""
+    per_map: int
+    """Peaks that a map can have."""
+    mirrored_bits: int
+    points_per_cluster: int
+    room: PromptCapacity
+    with_sam: bool
+
+
+def full_capacity(batch: MapBatch, config: ClusteringConfig) -> PromptCapacity:
     """Room for all that the maps of a batch can give."""
-    num_maps = len(batch.map_images)
-    peaks = num_maps * max_candidates
-    return PromptCapacity(points=peaks, prompts=peaks + num_maps, sam_points=3 * peaks + num_maps)
+    areas = np.array([f.image_size[0] * f.image_size[1] for f in batch.frames], np.int64)
+    is_cross = batch.map_sources == PromptSource.CROSS
+    candidates = np.where(
+        is_cross, config.cross_peaks.max_candidates, config.cam_peaks.max_candidates
+    )
+    most = np.minimum(candidates, areas[batch.map_images])
+    pooled = np.zeros(batch.num_images, np.int64)
+    np.add.at(pooled, batch.map_images[is_cross], most[is_cross])
+    centres = np.where(pooled > 0, np.maximum(1, pooled // config.points_per_cluster), 0)
+    num_cams, cam_points = int((~is_cross).sum()), int(most[~is_cross].sum())
+    points = cam_points + int(centres.sum())
+    # A coarse or fine map gives at most one prompt of its points together.
+    return PromptCapacity(
+        points=points, prompts=points + num_cams, sam_points=2 * points + cam_points + num_cams
+    )
 
 
 def plan_prompts(
     batch: MapBatch,
+    config: ClusteringConfig,
     *,
-    cam_peaks: PeakConfig,
-    cross_peaks: PeakConfig,
-    points_per_cluster: int,
     capacity: PromptCapacity | None = None,
+    with_sam: bool = True,
 ) -> Plan:
     """Maps of a batch to packed prompts.
 
     Args:
         batch: At least one map.
-        cam_peaks: Rule of coarse and fine maps.
-        cross_peaks: Rule of cross-attention maps.
-        points_per_cluster: Cross-attention peaks per cluster.
+        config: Windows, thresholds, cluster size.
         capacity: Room for the results; by default enough for any.
+        with_sam: Whether SAM's prompts are read back, not the point prompts alone.
 
     Raises:
-        ValueError: The maps are too large for the kernels, or too many.
+        KernelLimitError: The maps are too large for the kernels, or too many.
     """
-    _, num_maps, rows, columns = batch.maps.shape
+    num_passes, num_maps, rows, columns = batch.maps.shape
+    room = capacity or full_capacity(batch, config)
+    _check_limits(rows, columns, room)
+    most_pixels = max(frame.image_size[0] * frame.image_size[1] for frame in batch.frames)
+    candidates = max(config.cam_peaks.max_candidates, config.cross_peaks.max_candidates)
+    per_map = min(candidates, most_pixels)
+    inputs = _prompt_inputs(batch, config, per_map)
+    shape = _PromptShape(
+        num_passes=num_passes,
+        num_maps=num_maps,
+        rows=rows,
+        columns=columns,
+        num_images=batch.num_images,
+        num_samples=sum(sum(frame.image_size) for frame in batch.frames),
+        cluster_points=int(host_array("point_starts", inputs["point_starts"])[-1]),
+        per_map=per_map,
+        mirrored_bits=sum(1 << p for p in set(batch.mirrored_passes)),
+        points_per_cluster=config.points_per_cluster,
+        room=room,
+        with_sam=with_sam,
+    )
+    return Plan(program=_prompt_program(shape), inputs=inputs)
+
+
+def _check_limits(rows: int, columns: int, room: PromptCapacity) -> None:
     if max(rows, columns) > MAX_MAP_SIDE:
-        raise ValueError(
-            f"maps must be at most {MAX_MAP_SIDE} a side for the kernels, got {rows}x{columns}"
+        raise KernelLimitError(
+            f"maps must be at most {MAX_MAP_SIDE} a side for the kernels, got {rows}x{columns}: "
+            "use the backend 'reference', or smaller maps"
         )
-    per_map = max(cam_peaks.max_candidates, cross_peaks.max_candidates)
-    room = capacity or full_capacity(batch, max_candidates=per_map)
-    inputs = _prompt_inputs(batch, cam_peaks, cross_peaks, per_map)
-    grid_size = (np.int32(rows), np.int32(columns))
+    if room.sam_points > _MAX_SAM_POINTS:
+        raise KernelLimitError(
+            f"the batch may have {room.sam_points} points of SAM's prompts, the kernels count "
+            f"{_MAX_SAM_POINTS}: send fewer images or lower max_candidates"
+        )
+
+
+@lru_cache(maxsize=_CACHED_PROGRAMS)
+def _prompt_program(shape: _PromptShape) -> Program:
+    grid_size = (np.int32(shape.rows), np.int32(shape.columns))
+    per_map, room = np.int32(shape.per_map), shape.room
     peaks = ("peak_xy", "peak_scores", "peak_counts")
     scratch = tuple(
         f"cluster_{n}" for n in ("xy", "assigned", "nearest", "potentials", "counts", "sums")
     )
-    images, maps = (batch.num_images, 1), (num_maps, 1)
+    images, maps = (shape.num_images, 1), (shape.num_maps, 1)
     launches = (
         Launch(
             kernel="axis_tables",
-            grid=(batch.num_images, 2),
+            grid=(shape.num_images, 2),
             arguments=("image_sizes", "sample_starts", *grid_size, "samples", "cell_starts"),
         ),
         Launch(
             kernel="find_peaks",
             grid=maps,
-            shared_bytes=16 * rows * columns,
+            shared_bytes=16 * shape.rows * shape.columns,
             arguments=(
-                "maps", np.int32(len(batch.maps)), _mirrored_bits(batch), np.int32(num_maps),
-                *grid_size, "map_images", "map_rules", "rules", "image_sizes", "sample_starts",
-                "samples", "cell_starts", np.int32(per_map), *peaks, "extremes",
+                "maps", np.int32(shape.num_passes), np.uint32(shape.mirrored_bits),
+                np.int32(shape.num_maps), *grid_size, "map_images", "map_rules", "rules",
+                "image_sizes", "sample_starts", "samples", "cell_starts", per_map, *peaks,
             ),
         ),
         Launch(
             kernel="cluster_peaks",
-            grid=(batch.num_images, NUM_STARTS),
+            grid=(shape.num_images, NUM_STARTS),
             arguments=(
-                "map_starts", "map_sources", "peak_xy", "peak_counts", np.int32(per_map),
-                np.int32(points_per_cluster), "point_starts", *scratch, "cluster_means",
+                "map_starts", "map_sources", "peak_xy", "peak_counts", per_map,
+                np.int32(shape.points_per_cluster), "point_starts", *scratch, "cluster_means",
                 "centre_counts", "tightness",
             ),
         ),
@@ -190,28 +266,21 @@ def plan_prompts(
             kernel="pack_prompts",
             grid=images,
             arguments=(
-                "map_starts", "map_sources", "map_classes", *peaks, np.int32(per_map),
+                "map_starts", "map_sources", "map_classes", *peaks, per_map,
                 "point_starts", "centres", "centre_counts", "image_counts", "frame_scales",
                 np.array((room.points, room.prompts, room.sam_points), BATCH_COUNTS),
-                _PACKED, "totals",
+                (*_POINT_OUTPUTS, *_SAM_OUTPUTS), "totals",
             ),
         ),
     )  # fmt: skip
-    return Plan(
-        inputs=inputs,
-        buffers=_prompt_buffers(batch, inputs, room, per_map),
+    return Program(
+        buffers=_prompt_buffers(shape),
         launches=launches,
-        outputs=(*_PACKED, "totals"),
+        outputs=(*_POINT_OUTPUTS, *(_SAM_OUTPUTS if shape.with_sam else ()), "totals"),
     )
 
 
-def _mirrored_bits(batch: MapBatch) -> np.uint32:
-    return np.uint32(sum(1 << p for p in set(batch.mirrored_passes)))
-
-
-def _prompt_inputs(
-    batch: MapBatch, cam_peaks: PeakConfig, cross_peaks: PeakConfig, per_map: int
-) -> dict[str, AnyArray]:
+def _prompt_inputs(batch: MapBatch, config: ClusteringConfig, per_map: int) -> dict[str, AnyArray]:
     sizes = np.array([frame.image_size for frame in batch.frames], np.int32)
     is_cross = batch.map_sources == PromptSource.CROSS
     cross_of_image = np.bincount(batch.map_images[is_cross], minlength=batch.num_images)
@@ -222,7 +291,7 @@ def _prompt_inputs(
         "map_classes": batch.map_classes,
         "map_starts": _starts(np.bincount(batch.map_images, minlength=batch.num_images)),
         "map_rules": is_cross.astype(np.int32),
-        "rules": np.array([_rule(cam_peaks), _rule(cross_peaks)], PEAK_RULE),
+        "rules": np.array([_rule(config.cam_peaks), _rule(config.cross_peaks)], PEAK_RULE),
         "image_sizes": sizes,
         "sample_starts": _starts(sizes.ravel())[:-1],
         "point_starts": _starts(cross_of_image * per_map),
@@ -230,13 +299,9 @@ def _prompt_inputs(
     }
 
 
-def _prompt_buffers(
-    batch: MapBatch, inputs: Mapping[str, AnyArray], room: PromptCapacity, per_map: int
-) -> dict[str, Buffer]:
-    _, num_maps, rows, columns = batch.maps.shape
-    num_images = batch.num_images
-    cluster_points = int(host_array("point_starts", inputs["point_starts"])[-1])
-    of_starts = NUM_STARTS * cluster_points
+def _prompt_buffers(shape: _PromptShape) -> dict[str, Buffer]:
+    num_maps, num_images, room = shape.num_maps, shape.num_images, shape.room
+    of_starts = NUM_STARTS * shape.cluster_points
 
     def ints(*shape: int) -> Buffer:
         return Buffer(shape=shape, dtype=np.int32)
@@ -245,14 +310,11 @@ def _prompt_buffers(
         return Buffer(shape=shape, dtype=np.float32)
 
     return {
-        "samples": Buffer(
-            shape=(sum(map(sum, (f.image_size for f in batch.frames))),), dtype=AXIS_SAMPLE
-        ),
-        "cell_starts": ints(num_images, rows + columns + 2),
-        "peak_xy": ints(num_maps, per_map, 2),
-        "peak_scores": floats(num_maps, per_map),
+        "samples": Buffer(shape=(shape.num_samples,), dtype=AXIS_SAMPLE),
+        "cell_starts": ints(num_images, shape.rows + shape.columns + 2),
+        "peak_xy": ints(num_maps, shape.per_map, 2),
+        "peak_scores": floats(num_maps, shape.per_map),
         "peak_counts": ints(num_maps),
-        "extremes": floats(num_maps, 2),
         "cluster_xy": ints(of_starts, 2),
         "cluster_assigned": ints(of_starts),
         "cluster_nearest": Buffer(shape=(of_starts,), dtype=np.uint32),
@@ -261,7 +323,7 @@ def _prompt_buffers(
         "cluster_sums": Buffer(shape=(of_starts, 2), dtype=np.uint64),
         "cluster_means": Buffer(shape=(of_starts, 2), dtype=np.float64),
         "tightness": Buffer(shape=(num_images, NUM_STARTS), dtype=np.float64),
-        "centres": ints(cluster_points, 2),
+        "centres": ints(shape.cluster_points, 2),
         "centre_counts": ints(num_images),
         "image_counts": Buffer(shape=(num_images,), dtype=BATCH_COUNTS),
         "points": floats(room.points, 2),
@@ -280,7 +342,10 @@ def _prompt_buffers(
 def _starts(counts: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
     total = int(counts.sum(dtype=np.int64))
     if total > np.iinfo(np.int32).max:
-        raise ValueError(f"the batch is too large: {total} entries where 2147483647 can be counted")
+        raise KernelLimitError(
+            f"the batch is too large: {total} entries where 2147483647 can be counted: send fewer "
+            "images"
+        )
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
@@ -302,42 +367,46 @@ def read_prompts(outputs: Mapping[str, NDArray[Any]], capacity: PromptCapacity) 
     Raises:
         InferenceError: They did not fit; nothing of them was written.
     """
+    prompts = read_points(outputs, capacity)
+    needed = outputs["totals"][0]
+    num_prompts, num_sam_points = int(needed["prompts"]), int(needed["sam_points"])
+    return PromptBatch(
+        prompts=prompts,
+        point_offsets=outputs["point_offsets"],
+        sam_points=outputs["sam_points"][:num_sam_points],
+        sam_labels=outputs["sam_labels"][:num_sam_points],
+        sam_offsets=outputs["sam_offsets"][: num_prompts + 1],
+        image_index=outputs["image_index"][:num_prompts],
+    )
+
+
+def read_points(outputs: Mapping[str, NDArray[Any]], capacity: PromptCapacity) -> PointPrompts:
+    """The point prompts alone; see ``read_prompts``."""
     needed = outputs["totals"][0]
     for name in ("points", "prompts", "sam_points"):
         room = getattr(capacity, name)
         if needed[name] > room:
             raise InferenceError(
-                f"the batch has {needed[name]} {name}, the buffer holds {room}: raise "
-                f"PromptCapacity.{name} or send fewer images"
+                f"the batch has {needed[name]} {name}, the buffer holds {room}: give the plan a "
+                "larger capacity, or none, which is room for all"
             )
-    points, prompts, sam_points = (int(needed[n]) for n in ("points", "prompts", "sam_points"))
-    return PromptBatch(
-        prompts=PointPrompts(
-            points=outputs["points"][:points],
-            scores=outputs["scores"][:points],
-            class_ids=outputs["class_ids"][:points],
-            sources=outputs["sources"][:points],
-        ),
-        point_offsets=outputs["point_offsets"],
-        sam_points=outputs["sam_points"][:sam_points],
-        sam_labels=outputs["sam_labels"][:sam_points],
-        sam_offsets=outputs["sam_offsets"][: prompts + 1],
-        image_index=outputs["image_index"][:prompts],
-    )
+    return PointPrompts(**{n: outputs[n][: int(needed["points"])] for n in _POINT_OUTPUTS})
 
 
 def plan_mask_summary(
     logits: AnyArray, mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]
 ) -> Plan:
     """Boxes, stability scores and areas of n >= 1 masks."""
-    num_masks, side = logits.shape[:2]
-    outputs = ("boxes", "stability", "areas")
     return Plan(
-        inputs={
-            "logits": logits,
-            "mask_images": mask_images,
-            "frames": _mask_frames(frames),
-        },
+        program=_summary_program(*logits.shape[:2]),
+        inputs={"logits": logits, "mask_images": mask_images, "frames": _mask_frames(frames)},
+    )
+
+
+@lru_cache(maxsize=_CACHED_PROGRAMS)
+def _summary_program(num_masks: int, side: int) -> Program:
+    outputs = ("boxes", "stability", "areas")
+    return Program(
         buffers={
             "boxes": Buffer(shape=(num_masks, 4), dtype=np.float32),
             "stability": Buffer(shape=(num_masks,), dtype=np.float32),
@@ -372,6 +441,7 @@ def plan_mask_encoding(
     frames: Sequence[ModelFrame],
     *,
     run_capacity: int,
+    with_bits: bool = True,
 ) -> Plan:
     """Bits and run lengths of n >= 1 masks; all frames have one model size.
 
@@ -380,6 +450,7 @@ def plan_mask_encoding(
         mask_images: [n].
         frames: Of the images.
         run_capacity: Room for the runs of all masks.
+        with_bits: Whether the bits are read back too.
     """
     num_masks, side = logits.shape[:2]
     areas = np.array([f.image_size[0] * f.image_size[1] for f in frames], np.int64)
@@ -389,9 +460,15 @@ def plan_mask_encoding(
         for frame in frames
         for full, valid in zip(frame.image_size, frame.valid_size, strict=True)
     ]
-    blocks = min(_MAX_BLOCKS_OF_MASK, -(-int(words.max()) // _THREADS))
-    of_masks = ("mask_images", "frames", "word_offsets", "bits")
     return Plan(
+        program=_encoding_program(
+            num_masks,
+            side,
+            num_words=int(words.sum()),
+            blocks=min(_MAX_BLOCKS_OF_MASK, -(-int(words.max()) // _THREADS)),
+            run_capacity=run_capacity,
+            with_bits=with_bits,
+        ),
         inputs={
             "logits": logits,
             "mask_images": mask_images,
@@ -401,8 +478,18 @@ def plan_mask_encoding(
             "sample_starts": _starts(np.array([len(axis.low) for axis in axes]))[:-1],
             "word_offsets": _starts(words),
         },
+    )
+
+
+@lru_cache(maxsize=_CACHED_PROGRAMS)
+def _encoding_program(
+    num_masks: int, side: int, *, num_words: int, blocks: int, run_capacity: int, with_bits: bool
+) -> Program:
+    """``blocks`` share a mask."""
+    of_masks = ("mask_images", "frames", "word_offsets", "bits")
+    return Program(
         buffers={
-            "bits": Buffer(shape=(int(words.sum()),), dtype=np.uint32),
+            "bits": Buffer(shape=(num_words,), dtype=np.uint32),
             "run_counts": Buffer(shape=(num_masks,), dtype=np.int32),
             "runs": Buffer(shape=(run_capacity,), dtype=np.int32),
             "run_offsets": Buffer(shape=(num_masks + 1,), dtype=np.int32),
@@ -426,7 +513,7 @@ def plan_mask_encoding(
                 ),
             ),
         ),
-        outputs=("bits", "runs", "run_offsets"),
+        outputs=(*(("bits",) if with_bits else ()), "runs", "run_offsets"),
     )  # fmt: skip
 
 
@@ -447,46 +534,71 @@ def read_mask_encoding(plan: Plan, outputs: Mapping[str, NDArray[Any]]) -> Encod
     if needed > room:
         raise InferenceError(f"the masks have {needed} runs, the buffer holds {room}")
     return EncodedMasks(
-        bits=outputs["bits"],
+        bits=outputs.get("bits"),
         word_offsets=host_array("word_offsets", plan.inputs["word_offsets"]),
         runs=outputs["runs"][:needed],
         run_offsets=outputs["run_offsets"],
     )
 
 
-def plan_nms(boxes: AnyArray, scores: AnyArray, labels: AnyArray, iou_thresh: float) -> Plan:
-    """Suppression within each label of n >= 1 boxes."""
-    num_boxes = len(boxes)
-    num_words = -(-num_boxes // 64)
-    count = np.int32(num_boxes)
+def plan_nms(
+    boxes: AnyArray,
+    scores: AnyArray,
+    labels: AnyArray,
+    iou_thresh: float,
+    *,
+    conflict_bytes: int = _CONFLICT_BYTES,
+) -> Plan:
+    """Suppression within each label of n >= 1 boxes, with so much memory for their overlaps."""
     return Plan(
+        program=_nms_program(len(boxes), iou_thresh, conflict_bytes),
         inputs={"boxes": boxes, "scores": scores, "labels": labels},
+    )
+
+
+@lru_cache(maxsize=_CACHED_PROGRAMS)
+def _nms_program(num_boxes: int, iou_thresh: float, conflict_bytes: int) -> Program:
+    num_words = -(-num_boxes // 64)
+    part = min(num_boxes, max(1, conflict_bytes // (8 * num_words)))
+    launches = [
+        Launch(
+            kernel="nms_order",
+            grid=(-(-num_boxes // _THREADS), 1),
+            arguments=("scores", np.int32(num_boxes), "order"),
+        )
+    ]
+    for first in range(0, num_boxes, part):
+        launches += _nms_part(num_boxes, first, min(part, num_boxes - first), iou_thresh)
+    return Program(
         buffers={
             "order": Buffer(shape=(num_boxes,), dtype=np.int32),
-            "conflicts": Buffer(shape=(num_boxes, num_words), dtype=np.uint64),
+            "conflicts": Buffer(shape=(part, num_words), dtype=np.uint64),
+            "suppressed": Buffer(shape=(num_words,), dtype=np.uint64),
             "kept": Buffer(shape=(num_boxes,), dtype=np.int32),
             "num_kept": Buffer(shape=(1,), dtype=np.int32),
         },
-        launches=(
-            Launch(
-                kernel="nms_order",
-                grid=(-(-num_boxes // _THREADS), 1),
-                arguments=("scores", count, "order"),
-            ),
-            Launch(
-                kernel="nms_conflicts",
-                grid=(-(-num_boxes * num_words // _THREADS), 1),
-                arguments=("boxes", "labels", "order", count, np.float32(iou_thresh), "conflicts"),
-            ),
-            Launch(
-                kernel="nms_select",
-                grid=(1, 1),
-                shared_bytes=8 * num_words,
-                arguments=("order", "conflicts", count, "kept", "num_kept"),
-            ),
-        ),
+        launches=tuple(launches),
         outputs=("kept", "num_kept"),
     )
+
+
+def _nms_part(num_boxes: int, first: int, num_rows: int, iou_thresh: float) -> list[Launch]:
+    """Rows [first, first + num_rows) of the matrix of overlaps: made, then walked."""
+    num_words = -(-num_boxes // 64)
+    rows = (np.int32(num_boxes), np.int32(first), np.int32(num_rows))
+    return [
+        Launch(
+            kernel="nms_conflicts",
+            grid=(-(-num_rows * num_words // _THREADS), 1),
+            arguments=("boxes", "labels", "order", *rows, np.float32(iou_thresh), "conflicts"),
+        ),
+        Launch(
+            kernel="nms_select",
+            grid=(1, 1),
+            shared_bytes=8 * num_words,
+            arguments=("order", "conflicts", *rows, "suppressed", "kept", "num_kept"),
+        ),
+    ]
 
 
 def read_nms(outputs: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:

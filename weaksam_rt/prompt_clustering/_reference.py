@@ -248,6 +248,7 @@ def encode_masks(
     mask_images: NDArray[np.int32],
     frames: Sequence[ModelFrame],
     *,
+    with_bits: bool = True,
     upsample: MaskUpsampler = inside_down_columns,
 ) -> EncodedMasks:
     """Masks at the resolution of their images, as bits and as run lengths.
@@ -256,23 +257,35 @@ def encode_masks(
         logits: [n, m, m] over the model frame. NaN is outside; values beyond 1e30 count as 1e30.
         mask_images: [n], position of each mask's image in ``frames``.
         frames: For each image its frame.
+        with_bits: Whether the bits are wanted too.
         upsample: ``inside_down_columns``, or a faster one.
     """
     bits, runs = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
     for mask, image in zip(logits, mask_images, strict=True):
         is_inside = upsample(_usable_logits(mask), frames[image])
-        padding = np.zeros(-len(is_inside) % 32, bool)
-        packed = np.packbits(np.concatenate([is_inside, padding]), bitorder="little")
-        bits.append(packed.view("<u4").astype(np.uint32))
+        if with_bits:
+            bits.append(_packed_bits(is_inside))
         changes = np.flatnonzero(is_inside[1:] != is_inside[:-1]) + 1
         first = [0, 0] if is_inside[0] else [0]
         runs.append(np.diff(np.concatenate([first, changes, [len(is_inside)]])).astype(np.int32))
     return EncodedMasks(
-        bits=np.concatenate(bits),
-        word_offsets=_offsets([len(words) for words in bits[1:]]),
+        bits=np.concatenate(bits) if with_bits else None,
+        word_offsets=_offsets(_mask_words(mask_images, frames)),
         runs=np.concatenate(runs),
         run_offsets=_offsets([len(lengths) for lengths in runs[1:]]),
     )
+
+
+def _packed_bits(is_inside: NDArray[np.bool_]) -> NDArray[np.uint32]:
+    padding = np.zeros(-len(is_inside) % 32, bool)
+    packed = np.packbits(np.concatenate([is_inside, padding]), bitorder="little")
+    return packed.view("<u4").astype(np.uint32)
+
+
+def _mask_words(mask_images: NDArray[np.int32], frames: Sequence[ModelFrame]) -> NDArray[np.int64]:
+    """Words of 32 pixels of each mask."""
+    areas = np.array([f.image_size[0] * f.image_size[1] for f in frames], np.int64)
+    return -(-areas[mask_images] // 32)
 
 
 def _usable_logits(logits: NDArray[np.float32]) -> NDArray[np.float32]:

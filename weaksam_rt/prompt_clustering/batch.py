@@ -132,8 +132,9 @@ class MaskSummary:
 class EncodedMasks:
     """n masks at the resolution of their images. Pixels are in COCO's order: down the columns."""
 
-    bits: NDArray[np.uint32]
-    """[w], 32 pixels a word, the lowest bit first; what is left of a mask's last word is 0."""
+    bits: NDArray[np.uint32] | None
+    """[w], 32 pixels a word, the lowest bit first; what is left of a mask's last word is 0. None
+    where only the runs were asked for."""
     word_offsets: NDArray[np.int32]
     """[n + 1], words of mask i are [word_offsets[i], word_offsets[i + 1])."""
     runs: NDArray[np.int32]
@@ -141,6 +142,30 @@ class EncodedMasks:
     uncompressed ``counts``."""
     run_offsets: NDArray[np.int32]
     """[n + 1], runs of mask i are [run_offsets[i], run_offsets[i + 1])."""
+
+
+def check_image_maps(
+    coarse_maps: AnyArray, fine_maps: AnyArray, cross_maps: AnyArray, class_ids: NDArray[np.int32]
+) -> None:
+    """Raise ``ValueError`` unless the maps [c, h, w] and [m, c, h, w] of one image and its classes
+    [c] belong together.
+    """
+    maps = {"coarse_maps": coarse_maps, "fine_maps": fine_maps, "cross_maps": cross_maps}
+    for name, array in maps.items():
+        _check_array(name, array, np.float32, 4 if name == "cross_maps" else 3)
+    _check_array("class_ids", class_ids, np.int32, 1)
+    grids = [array.shape[-2:] for array in maps.values()]
+    if not grids[0] == grids[1] == grids[2]:
+        raise ValueError(
+            "coarse, fine and cross maps must share one grid, got "
+            f"{grids[0]}, {grids[1]} and {grids[2]}"
+        )
+    counts = [len(coarse_maps), len(fine_maps), cross_maps.shape[1]]
+    if any(count != len(class_ids) for count in counts):
+        raise ValueError(
+            f"coarse, fine and cross maps must have one map a class: {len(class_ids)}, got "
+            f"{counts[0]}, {counts[1]} and {counts[2]}"
+        )
 
 
 def check_masks(logits: AnyArray, mask_images: NDArray[np.int32], num_images: int) -> None:

@@ -23,10 +23,14 @@ class ClusteringConfig:
     backend: BackendName = "reference"
     """What runs it, and what turns SAM's logits into boxes and masks; all give the same prompts and
     masks."""
+    device: int = 0
+    """Number of the GPU, for ``cuda`` and ``auto``; arrays on another GPU are worked on there."""
 
     def __post_init__(self) -> None:
         if self.points_per_cluster < 1:
             raise ValueError(f"points_per_cluster must be positive, got {self.points_per_cluster}")
+        if self.device < 0:
+            raise ValueError(f"device must be the number of a GPU, got {self.device}")
         if self.backend not in get_args(BackendName):
             raise ValueError(
                 f"backend must be one of {', '.join(get_args(BackendName))}, got {self.backend!r}"

@@ -32,13 +32,13 @@ class ClusteringModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         config = read_pipeline_file(folder / PIPELINE_NAME).config
         self._contract = engine_contract(PROMPT_CLUSTERING, ClusteringParameters())
-        clustering, device = config.clustering, 0
+        clustering = config.clustering
         if args["model_instance_kind"] == "GPU":
-            clustering = replace(clustering, backend="cuda")
             device = int(args["model_instance_device_id"])
+            clustering = replace(clustering, backend="cuda", device=device)
         # Now, not at the first request.
-        prompt_backend(clustering.backend, device)
-        self._model = partial(prompt_clustering_model, config=clustering, device=device)
+        prompt_backend(clustering.backend, clustering.device)
+        self._model = partial(prompt_clustering_model, config=clustering)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request: with its outputs, or with its own error."""

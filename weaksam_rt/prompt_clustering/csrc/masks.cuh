@@ -20,6 +20,17 @@ struct MaskCounts {
     int inner, outer, inside;
 };
 
+// Cells are walked in strips of rows. So many threads share a row: neighbours read neighbouring
+// cells and keep what they find in registers. One shared address for the whole row would make them
+// wait for each other at every cell.
+constexpr int strip_rows = 32;
+constexpr int row_lanes = 32;
+
+// A row's maxima, one a lane. The odd pitch puts the lanes of 32 rows into 32 banks.
+struct StripMaxima {
+    unsigned int of_lane[strip_rows][row_lanes + 1];
+};
+
 __device__ inline float usable_logit(float logit) {
     if (!(logit > -logit_limit)) return -logit_limit;
     return logit < logit_limit ? logit : logit_limit;
@@ -67,6 +78,39 @@ __device__ inline void write_box(const unsigned int* column_max, const unsigned 
     box[3] = image_coordinate(bottom, stride, frame.valid_height, frame.image_height);
 }
 
+// The part of rows [first, first + strip_rows) that a thread has: counts to ``own``, column maxima to
+// ``column_max``, row maxima to ``strip``.
+__device__ inline void walk_strip(const float* logits, int side, int first, int height, int width,
+                                  unsigned int* column_max, StripMaxima& strip, MaskCounts& own) {
+    for (int i = threadIdx.x; i < strip_rows * row_lanes; i += blockDim.x) {
+        const int row = i / row_lanes;
+        const int lane = i % row_lanes;
+        if (first + row >= height) return;
+        const float* cells = logits + static_cast<long long>(first + row) * side;
+        unsigned int highest = 0;
+        for (int x = lane; x < width; x += row_lanes) {
+            const float logit = usable_logit(cells[x]);
+            own.inner += logit > mask_thresh + stability_offset;
+            own.outer += logit > mask_thresh - stability_offset;
+            own.inside += logit > mask_thresh;
+            highest = max(highest, ordered_from_float(logit));
+            atomicMax(&column_max[x], ordered_from_float(logit));
+        }
+        strip.of_lane[row][lane] = highest;
+    }
+}
+
+// The maxima of the lanes to one a row.
+__device__ inline void join_lanes(const StripMaxima& strip, int first, int height,
+                                  unsigned int* row_max) {
+    for (int row = threadIdx.x; row < strip_rows && first + row < height; row += blockDim.x) {
+        unsigned int highest = 0;
+        for (int lane = 0; lane < row_lanes; ++lane)
+            highest = max(highest, strip.of_lane[row][lane]);
+        row_max[first + row] = highest;
+    }
+}
+
 // Grid: masks. Dynamic shared memory: 2 * side * 4 bytes.
 //   logits       [masks, side, side]   over the model frame
 //   mask_images  [masks]               position in ``frames``
@@ -78,26 +122,23 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                     const MaskFrame* frames, float* boxes, float* stability, float* areas) {
     DYNAMIC_SHARED(dynamic);
     __shared__ MaskCounts counts;
+    __shared__ StripMaxima strip;
     unsigned int* column_max = reinterpret_cast<unsigned int*>(dynamic);
     unsigned int* row_max = column_max + side;
     const int mask = blockIdx.x;
     const MaskFrame frame = frames[mask_images[mask]];
     const int height = valid_cells(frame.valid_height, side, frame.model_size);
     const int width = valid_cells(frame.valid_width, side, frame.model_size);
-    for (int i = threadIdx.x; i < 2 * side; i += blockDim.x) column_max[i] = 0;
+    for (int i = threadIdx.x; i < side; i += blockDim.x) column_max[i] = 0;
     if (threadIdx.x == 0) counts = {0, 0, 0};
     __syncthreads();
     MaskCounts own = {0, 0, 0};
-    for (int i = threadIdx.x; i < height * width; i += blockDim.x) {
-        const int y = i / width;
-        const int x = i % width;
-        const float logit =
-            usable_logit(logits[(static_cast<long long>(mask) * side + y) * side + x]);
-        own.inner += logit > mask_thresh + stability_offset;
-        own.outer += logit > mask_thresh - stability_offset;
-        own.inside += logit > mask_thresh;
-        atomicMax(&column_max[x], ordered_from_float(logit));
-        atomicMax(&row_max[y], ordered_from_float(logit));
+    const float* of_mask = logits + static_cast<long long>(mask) * side * side;
+    for (int first = 0; first < height; first += strip_rows) {
+        walk_strip(of_mask, side, first, height, width, column_max, strip, own);
+        __syncthreads();
+        join_lanes(strip, first, height, row_max);
+        __syncthreads();
     }
     atomicAdd(&counts.inner, own.inner);
     atomicAdd(&counts.outer, own.outer);

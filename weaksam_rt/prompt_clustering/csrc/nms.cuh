@@ -1,7 +1,8 @@
 // Class-wise greedy non-maximum suppression by bit masks.
 //
-// Three kernels: the order of the boxes by score, a matrix of bits that says which better box
-// suppresses which, and one walk over its rows. IoU is computed as in weaksam_rt.boxes.
+// Three kernels: the order of the boxes by score, some rows of a matrix of bits that says which
+// better box suppresses which, and a walk over these rows. The last two take turns until all rows
+// are walked, so that the memory of a part is enough. IoU is computed as in weaksam_rt.boxes.
 #pragma once
 
 #include "execution.cuh"
@@ -48,15 +49,17 @@ __device__ inline float box_iou(const float* box, const float* other) {
 }
 
 // Grid: any.
-//   conflicts  [boxes, ceil(boxes / 64)]   out; bit j of row i: the box of rank i suppresses that
-//                                          of rank j > i
+//   first_rank, num_rows   the ranks whose rows are made
+//   conflicts  [rows, ceil(boxes / 64)]   out; bit j of row i: the box of rank first_rank + i
+//                                         suppresses that of a greater rank j
 extern "C" __global__ void nms_conflicts(const float* boxes, const int* labels, const int* order,
-                                         int num_boxes, float iou_thresh, Bits* conflicts) {
+                                         int num_boxes, int first_rank, int num_rows,
+                                         float iou_thresh, Bits* conflicts) {
     const int num_words = (num_boxes + 63) / 64;
-    const long long num_all = static_cast<long long>(num_boxes) * num_words;
+    const long long num_all = static_cast<long long>(num_rows) * num_words;
     for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < num_all;
          i += static_cast<long long>(gridDim.x) * blockDim.x) {
-        const int rank = static_cast<int>(i / num_words);
+        const int rank = first_rank + static_cast<int>(i / num_words);
         const int first = static_cast<int>(i % num_words) * 64;
         const int box = order[rank];
         Bits bits = 0;
@@ -72,25 +75,33 @@ extern "C" __global__ void nms_conflicts(const float* boxes, const int* labels, 
 }
 
 // Grid: 1. Dynamic shared memory: ceil(boxes / 64) * 8 bytes.
+//   first_rank, num_rows   the ranks whose rows ``conflicts`` has; the part that begins with rank 0
+//                          comes first
+//   suppressed_so_far  [ceil(boxes / 64)]   in and out: from one part to the next
 //   kept      [boxes]   out, indices of the boxes that stay, best first
-//   num_kept  [1]       out
+//   num_kept  [1]       in and out
 extern "C" __global__ void nms_select(const int* order, const Bits* conflicts, int num_boxes,
+                                      int first_rank, int num_rows, Bits* suppressed_so_far,
                                       int* kept, int* num_kept) {
     DYNAMIC_SHARED(suppressed);
     const int num_words = (num_boxes + 63) / 64;
-    for (int word = threadIdx.x; word < num_words; word += blockDim.x) suppressed[word] = 0;
+    for (int word = threadIdx.x; word < num_words; word += blockDim.x)
+        suppressed[word] = first_rank == 0 ? 0 : suppressed_so_far[word];
+    int count = first_rank == 0 ? 0 : *num_kept;
     __syncthreads();
-    int count = 0;
-    for (int rank = 0; rank < num_boxes; ++rank) {
+    for (int rank = first_rank; rank < first_rank + num_rows; ++rank) {
         const bool is_kept = (suppressed[rank / 64] >> (rank % 64) & 1) == 0;
         if (!is_kept) continue;
         // All threads have read this box's bit before any changes the word around it.
         __syncthreads();
         if (threadIdx.x == 0) kept[count] = order[rank];
         ++count;
+        const Bits* row = conflicts + static_cast<long long>(rank - first_rank) * num_words;
         for (int word = rank / 64 + threadIdx.x; word < num_words; word += blockDim.x)
-            suppressed[word] |= conflicts[static_cast<long long>(rank) * num_words + word];
+            suppressed[word] |= row[word];
         __syncthreads();
     }
+    for (int word = threadIdx.x; word < num_words; word += blockDim.x)
+        suppressed_so_far[word] = suppressed[word];
     if (threadIdx.x == 0) *num_kept = count;
 }

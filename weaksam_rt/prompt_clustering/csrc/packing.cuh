@@ -3,7 +3,8 @@
 // Point prompts of an image: peaks of its maps in map order (coarse, then fine), then the centres.
 // SAM's prompts of an image: one for each point prompt, then for coarse and for fine maps one for
 // each class with several peaks, in class order. Each ends with the padding point SAM was trained
-// to see. A buffer that is too small is left alone and the sizes needed are reported.
+// to see. Where one buffer is too small for the batch, all are left alone and the sizes needed are
+// reported.
 #pragma once
 
 #include "clustering.cuh"
@@ -109,18 +110,19 @@ __device__ inline BatchCounts counts_before(const int* map_sources, const int* m
     return before;
 }
 
-// The batch's counts before this image.
-__device__ inline BatchCounts base_of_image(const BatchCounts* image_counts, int image,
-                                            BatchCounts& base) {
-    if (threadIdx.x == 0) base = {0, 0, 0};
-    __syncthreads();
-    for (int other = threadIdx.x; other < image; other += blockDim.x) {
-        atomicAdd(&base.points, image_counts[other].points);
-        atomicAdd(&base.prompts, image_counts[other].prompts);
-        atomicAdd(&base.sam_points, image_counts[other].sam_points);
+// Adds the counts of images [first, end) to ``total``, which the block shares.
+__device__ inline void add_counts(const BatchCounts* image_counts, int first, int end,
+                                  BatchCounts& total) {
+    for (int image = first + threadIdx.x; image < end; image += blockDim.x) {
+        atomicAdd(&total.points, image_counts[image].points);
+        atomicAdd(&total.prompts, image_counts[image].prompts);
+        atomicAdd(&total.sam_points, image_counts[image].sam_points);
     }
-    __syncthreads();
-    return base;
+}
+
+__device__ inline bool fits(const BatchCounts& counts, const BatchCounts& room) {
+    return counts.points <= room.points && counts.prompts <= room.prompts &&
+           counts.sam_points <= room.sam_points;
 }
 
 // Grid: images.
@@ -134,7 +136,7 @@ __device__ inline BatchCounts base_of_image(const BatchCounts* image_counts, int
 //   sam_labels     [sam points]    out
 //   sam_offsets    [prompts + 1]   out, first point of each of SAM's prompts
 //   image_index    [prompts]       out
-//   totals         [1]             out, what the batch needs; above capacity_of: nothing is valid
+//   totals         [1]             out, what the batch needs; above capacity_of: nothing is written
 extern "C" __global__ void pack_prompts(const int* map_starts, const int* map_sources,
                                         const int* map_classes, const int* peak_xy,
                                         const float* peak_scores, const int* peak_counts,
@@ -143,21 +145,23 @@ extern "C" __global__ void pack_prompts(const int* map_starts, const int* map_so
                                         const BatchCounts* image_counts,
                                         const FrameScale* frame_scales, BatchCounts capacity_of,
                                         PackedOutputs out, BatchCounts* totals) {
-    __shared__ BatchCounts shared_base;
+    __shared__ BatchCounts before_image, of_batch;
     const int image = blockIdx.x;
-    const BatchCounts base = base_of_image(image_counts, image, shared_base);
+    const int num_images = gridDim.x;
+    if (threadIdx.x == 0) before_image = of_batch = {0, 0, 0};
+    __syncthreads();
+    add_counts(image_counts, 0, image, before_image);
+    add_counts(image_counts, 0, num_images, of_batch);
+    __syncthreads();
+    const BatchCounts base = before_image;
     const BatchCounts own = image_counts[image];
-    const BatchCounts end = {base.points + own.points, base.prompts + own.prompts,
-                             base.sam_points + own.sam_points};
-    const bool fits = end.points <= capacity_of.points && end.prompts <= capacity_of.prompts &&
-                      end.sam_points <= capacity_of.sam_points;
-    const bool is_last = image + 1 == static_cast<int>(gridDim.x);
-    if (is_last && threadIdx.x == 0) *totals = end;
-    if (!fits) return;
+    const bool is_last = image + 1 == num_images;
+    if (is_last && threadIdx.x == 0) *totals = of_batch;
+    if (!fits(of_batch, capacity_of)) return;
     if (threadIdx.x == 0) {
         out.point_offsets[image] = base.points;
-        if (is_last) out.point_offsets[image + 1] = end.points;
-        if (is_last) out.sam_offsets[end.prompts] = end.sam_points;
+        if (is_last) out.point_offsets[num_images] = of_batch.points;
+        if (is_last) out.sam_offsets[of_batch.prompts] = of_batch.sam_points;
     }
     const int first_map = map_starts[image];
     const int end_map = map_starts[image + 1];

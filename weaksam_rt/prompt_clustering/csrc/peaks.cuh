@@ -87,17 +87,25 @@ __device__ inline void sum_passes(const float* maps, int num_passes, unsigned in
 
 // Whether every node, and the distance between any two, is a finite number.
 __device__ inline bool nodes_are_usable(const float* nodes, int num_nodes, PeakSearch& search) {
+    unsigned int low = 0xffffffffu;
+    unsigned int high = 0;
     for (int i = threadIdx.x; i < num_nodes; i += blockDim.x) {
         if (!is_finite(nodes[i])) atomicOr(&search.is_unusable, 1);
-        atomicMin(&search.low, ordered_from_float(nodes[i]));
-        atomicMax(&search.high, ordered_from_float(nodes[i]));
+        low = min(low, ordered_from_float(nodes[i]));
+        high = max(high, ordered_from_float(nodes[i]));
     }
+    atomicMin(&search.low, low);
+    atomicMax(&search.high, high);
     __syncthreads();
     const float range = float_from_ordered(search.high) - float_from_ordered(search.low);
     const bool is_usable = search.is_unusable == 0 && is_finite(range);
     __syncthreads();
     return is_usable;
 }
+
+// So many threads share a row of a cell: neighbours read neighbouring pixels, and few wait for each
+// other at the cell's maximum.
+constexpr int cell_lanes = 8;
 
 // The greatest value of each cell, and the least and greatest of the map in ``search``.
 __device__ inline void find_extremes(const UpsampledMap& map, unsigned int* cell_max,
@@ -110,17 +118,22 @@ __device__ inline void find_extremes(const UpsampledMap& map, unsigned int* cell
     __syncthreads();
     unsigned int low = 0xffffffffu;
     unsigned int high = 0;
-    for (int i = threadIdx.x; i < 2 * map.rows * map.width; i += blockDim.x) {
-        const int cell_row = i / map.width / 2;
-        const int x = i % map.width;
-        const int first = map.row_starts[cell_row];
-        const int last = map.row_starts[cell_row + 1] - 1;
+    for (int i = threadIdx.x; i < 2 * cell_lanes * map.rows * map.columns; i += blockDim.x) {
+        const int lane = i % cell_lanes;
+        const int cell = i / cell_lanes % (map.rows * map.columns);
+        const int first = map.row_starts[cell / map.columns];
+        const int last = map.row_starts[cell / map.columns + 1] - 1;
         if (last < first) continue;
-        const unsigned int value =
-            ordered_from_float(map.at((i / map.width) % 2 == 0 ? first : last, x));
-        atomicMax(&cell_max[cell_row * map.columns + map.x_samples[x].low], value);
-        low = min(low, value);
-        high = max(high, value);
+        const int y = i < cell_lanes * map.rows * map.columns ? first : last;
+        const int end = map.column_starts[cell % map.columns + 1];
+        unsigned int highest = 0;
+        for (int x = map.column_starts[cell % map.columns] + lane; x < end; x += cell_lanes) {
+            const unsigned int value = ordered_from_float(map.at(y, x));
+            highest = max(highest, value);
+            low = min(low, value);
+        }
+        if (highest != 0) atomicMax(&cell_max[cell], highest);
+        high = max(high, highest);
     }
     atomicMin(&search.low, low);
     atomicMax(&search.high, high);
@@ -312,13 +325,12 @@ __device__ inline int visit_peaks(const NormalizedMap& map, const PeakRule& rule
 //   peak_xy          [maps, capacity, 2]   out, (x, y), highest first
 //   peak_scores      [maps, capacity]      out
 //   peak_counts      [maps]                out, at most the rule's max_candidates
-//   extremes         [maps, 2]             out, least and greatest value before normalisation
 extern "C" __global__ void __launch_bounds__(256, 2)
     find_peaks(const float* maps, int num_passes, unsigned int mirrored_passes, int num_maps,
                int rows, int columns, const int* map_images, const int* map_rules,
                const PeakRule* rules, const int* image_sizes, const int* sample_starts,
                const AxisSample* samples, const int* cell_starts, int capacity, int* peak_xy,
-               float* peak_scores, int* peak_counts, float* extremes) {
+               float* peak_scores, int* peak_counts) {
     DYNAMIC_SHARED(dynamic);
     __shared__ PeakSearch search;
     const int map_index = blockIdx.x;
@@ -333,7 +345,6 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         search.low = 0xffffffffu;
         search.high = 0;
         peak_counts[map_index] = 0;
-        extremes[2 * map_index] = extremes[2 * map_index + 1] = 0.0f;
     }
     sum_passes(maps, num_passes, mirrored_passes, num_maps, map_index, rows, columns, nodes);
     __syncthreads();
@@ -363,9 +374,5 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     const int num_kept = visit_peaks(normalized, rule, cell_keys, search,
                                      peak_xy + 2LL * map_index * capacity,
                                      peak_scores + static_cast<long long>(map_index) * capacity);
-    if (threadIdx.x == 0) {
-        peak_counts[map_index] = num_kept;
-        extremes[2 * map_index] = low;
-        extremes[2 * map_index + 1] = high;
-    }
+    if (threadIdx.x == 0) peak_counts[map_index] = num_kept;
 }

@@ -23,13 +23,18 @@ int context, stream_of_driver, module_of_driver;
 int num_contexts = 0;
 bool is_capturing = false;
 Graph captured;
-std::map<std::uintptr_t, std::size_t> allocations;
+using Allocations = std::map<std::uintptr_t, std::size_t>;
+Allocations allocations, pinned;
 
-bool is_allocated(std::uintptr_t address, std::size_t bytes) {
-    auto next = allocations.upper_bound(address);
-    if (next == allocations.begin()) return false;
+bool lies_in(const Allocations& known, std::uintptr_t address, std::size_t bytes) {
+    auto next = known.upper_bound(address);
+    if (next == known.begin()) return false;
     --next;
     return address + bytes <= next->first + next->second;
+}
+
+bool is_allocated(std::uintptr_t address, std::size_t bytes) {
+    return lies_in(allocations, address, bytes);
 }
 
 bool is_ours(const void* stream) { return stream == &stream_of_driver; }
@@ -47,6 +52,8 @@ extern "C" {
 
 int refused_images = 0;  // so many of the next modules are refused
 int num_waits = 0;
+int num_launches = 0, num_graph_launches = 0, num_graphs = 0;
+int num_copies_out = 0, num_bytes_out = 0;
 
 int cuInit(unsigned int flags) { return flags == 0 ? success : invalid_value; }
 
@@ -152,6 +159,21 @@ int cuMemFree_v2(std::uintptr_t address) {
     return success;
 }
 
+int cuMemAllocHost_v2(std::uintptr_t* address, std::size_t bytes) {
+    if (bytes > memory_bytes) return out_of_memory;
+    void* memory = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+    std::memset(memory, 0xa5, bytes);
+    *address = reinterpret_cast<std::uintptr_t>(memory);
+    pinned[*address] = bytes;
+    return success;
+}
+
+int cuMemFreeHost(std::uintptr_t address) {
+    if (pinned.erase(address) == 0) return invalid_value;
+    std::free(reinterpret_cast<void*>(address));
+    return success;
+}
+
 int cuMemcpyHtoDAsync_v2(std::uintptr_t target, const void* source, std::size_t bytes,
                          void* stream) {
     if (!is_ours(stream) || !is_allocated(target, bytes)) return invalid_value;
@@ -160,7 +182,12 @@ int cuMemcpyHtoDAsync_v2(std::uintptr_t target, const void* source, std::size_t 
 }
 
 int cuMemcpyDtoHAsync_v2(void* target, std::uintptr_t source, std::size_t bytes, void* stream) {
-    if (!is_ours(stream) || !is_allocated(source, bytes)) return invalid_value;
+    // A copy to pageable memory would make the host wait.
+    if (!is_ours(stream) || !is_allocated(source, bytes) ||
+        !lies_in(pinned, reinterpret_cast<std::uintptr_t>(target), bytes))
+        return invalid_value;
+    ++num_copies_out;
+    num_bytes_out += static_cast<int>(bytes);
     std::memcpy(target, reinterpret_cast<const void*>(source), bytes);
     return success;
 }
@@ -181,7 +208,7 @@ int cuLaunchKernel(void* function, unsigned int grid_x, unsigned int grid_y, uns
         return invalid_value;
     const RecordedLaunch launch = {static_cast<const char*>(function), grid_x, grid_y, block_x,
                                    shared_bytes, arguments};
-    if (!is_capturing) return run(launch);
+    if (!is_capturing) return ++num_launches, run(launch);
     captured.push_back(launch);
     return success;
 }
@@ -201,11 +228,13 @@ int cuStreamEndCapture(void* stream, void** graph) {
 
 int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long flags) {
     *executable = new Graph(*static_cast<Graph*>(graph));
+    ++num_graphs;
     return flags == 0 ? success : invalid_value;
 }
 
 int cuGraphLaunch(void* executable, void* stream) {
     if (!is_ours(stream)) return invalid_value;
+    ++num_graph_launches;
     for (const RecordedLaunch& launch : *static_cast<Graph*>(executable))
         if (const int status = run(launch); status != success) return status;
     return success;
@@ -216,6 +245,9 @@ int cuGraphDestroy(void* graph) {
     return success;
 }
 
-int cuGraphExecDestroy(void* executable) { return cuGraphDestroy(executable); }
+int cuGraphExecDestroy(void* executable) {
+    --num_graphs;
+    return cuGraphDestroy(executable);
+}
 
 }  // extern "C"

@@ -65,14 +65,14 @@ class CpuExecutor:
             name: np.frombuffer(
                 bytearray(b"\xa5" * (int(np.prod(b.shape)) * np.dtype(b.dtype).itemsize)), b.dtype
             ).reshape(b.shape)
-            for name, b in plan.buffers.items()
+            for name, b in plan.program.buffers.items()
         }
         arrays |= {name: _in_place(a) for name, a in plan.inputs.items()}
-        for launch in plan.launches:
+        for launch in plan.program.launches:
             self._launch(
                 replace(launch, threads=self._threads) if self._threads else launch, arrays
             )
-        return {name: arrays[name] for name in plan.outputs}
+        return {name: arrays[name] for name in plan.program.outputs}
 
     def _launch(self, launch, arrays):
         values = [_as_ctypes(argument, arrays) for argument in launch.arguments]

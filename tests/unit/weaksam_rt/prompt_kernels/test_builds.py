@@ -184,7 +184,7 @@ def test_sanitizers_find_nothing(tmp_path, sanitizers, library):
             "        if (threadIdx.x == 0) kept", "thread", "libtsan.so", "data race",
         ),
         (
-            "masks.cuh", "i < 2 * side", "i <= 2 * side + 8", "address,undefined", "libasan.so",
+            "masks.cuh", "i < side;", "i <= 2 * side + 8;", "address,undefined", "libasan.so",
             "heap-buffer-overflow",
         ),
     ],

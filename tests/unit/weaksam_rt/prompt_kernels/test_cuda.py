@@ -5,6 +5,7 @@ the kernels on the CPU, and, where there is one, on a GPU.
 import ctypes
 import logging
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +32,9 @@ from weaksam_rt.prompt_clustering._cuda import CudaExecutor
 from weaksam_rt.prompt_clustering._plan import (
     full_capacity,
     plan_mask_encoding,
+    plan_nms,
     plan_prompts,
+    read_nms,
     read_prompts,
 )
 
@@ -45,12 +48,10 @@ def cpu_driver(tmp_path_factory):
 
 
 @pytest.fixture
-def stand_in(cpu_driver, monkeypatch):
+def stand_in(cpu_driver, monkeypatch, fresh_backends):
     """The driver's stand-in, in place of the driver."""
     monkeypatch.setattr(cuda_driver, "open_driver", lambda: cpu_driver)
-    prompt_backend.cache_clear()
-    yield cpu_driver
-    prompt_backend.cache_clear()
+    return cpu_driver
 
 
 @pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -119,7 +120,9 @@ def test_masks_are_those_of_numpy(num_cases):
 def test_the_pipelines_masks_are_those_of_numpy(num_cases):
     frame = longest_side_frame((375, 500), 1024)
     logits = np.random.default_rng(0).normal(size=(6, 3, 64, 64)).astype(np.float32)[:, 1]
-    assert masks_of_image(logits, frame, "cuda") == masks_of_image(logits, frame, "reference")
+    assert masks_of_image(logits, frame, backend="cuda") == masks_of_image(
+        logits, frame, backend="reference"
+    )
 
 
 def test_suppression_is_that_of_numpy(num_cases):
@@ -134,19 +137,88 @@ def test_suppression_is_that_of_numpy(num_cases):
 def test_a_captured_graph_gives_the_same_prompts_again_and_again(num_cases):
     rng = np.random.default_rng(3)
     batch = random_batch(rng, max_maps=12)
-    plan = plan_prompts(
-        batch, cam_peaks=_REFERENCE.cam_peaks, cross_peaks=_REFERENCE.cross_peaks,
-        points_per_cluster=5,
-    )  # fmt: skip
-    room = full_capacity(batch, max_candidates=25)
+    plan = plan_prompts(batch, _REFERENCE)
     executor = CudaExecutor()
-    with executor.loaded(plan) as loaded, loaded.captured() as launch:
+    with executor.loaded(plan) as loaded:
         for _ in range(3):
-            launch()
-        ours = read_prompts(loaded.outputs(), room)
+            loaded.launch_graph()
+        ours = read_prompts(loaded.outputs(), full_capacity(batch, _REFERENCE))
     expected = prompt_batch(batch, _REFERENCE)
     assert len(expected.prompts) > 0
     _assert_same(ours, expected, ("sam_points", "sam_labels", "sam_offsets", "image_index"))
+
+
+def _count(library, name):
+    return ctypes.c_int.in_dll(library, name)
+
+
+def test_shapes_seen_again_are_one_graph_and_outputs_one_copy(stand_in):
+    executor = CudaExecutor()
+    batches = [_one_map(np.random.default_rng(s).random((1, 1, 9, 7), "f4")) for s in range(3)]
+    plans = [plan_prompts(batch, _REFERENCE) for batch in batches]
+    assert len({id(plan.program) for plan in plans}) == 1
+    launched, replayed = _count(stand_in, "num_launches"), _count(stand_in, "num_graph_launches")
+    read = _count(stand_in, "num_copies_out")
+    graphs = _count(stand_in, "num_graphs")
+    launched.value = replayed.value = read.value = graphs.value = 0
+    room = full_capacity(batches[0], _REFERENCE)
+    outputs = [read_prompts(executor.run(plan), room) for plan in plans]
+    assert (launched.value, replayed.value, read.value) == (6, 2, 3)
+    for ours, batch in zip(outputs, batches, strict=True):
+        _assert_same(ours, prompt_batch(batch, _REFERENCE), ("sam_points", "sam_offsets"))
+    # A larger batch moves the memory: what was captured goes, and is made anew.
+    large = _one_map(np.random.default_rng(3).random((1, 1, 60, 60), "f4"))
+    for plan, batch in [(plan_prompts(large, _REFERENCE), large), (plans[1], batches[1])] * 3:
+        ours = read_prompts(executor.run(plan), full_capacity(batch, _REFERENCE))
+        _assert_same(ours, prompt_batch(batch, _REFERENCE), ("sam_points", "sam_offsets"))
+    assert graphs.value == 2
+    # Those that nobody asks for any more are given back.
+    for side in range(1, 41):
+        maps = _one_map(np.zeros((1, 1, side, 1), np.float32))
+        for _ in range(2):
+            executor.run(plan_prompts(maps, _REFERENCE))
+    assert graphs.value == 32
+
+
+def test_only_what_is_asked_for_is_read_back(stand_in):
+    num_bytes = _count(stand_in, "num_bytes_out")
+    num_bytes.value = 0
+    image = _image(np.random.default_rng(0))
+    prompts_from_maps(**image, config=_CUDA)
+    # 2 classes, 25 peaks a coarse and fine map; 24 cross maps, a fifth of 25 peaks each.
+    assert num_bytes.value < (4 * 25 + 24 * 5) * 20 + 5 * 256
+    frame = longest_side_frame((100, 200), 64)
+    masks = np.ones((1, 16, 16), np.float32), np.zeros(1, np.int32), (frame,)
+    encoded = []
+    for with_bits in (True, False):
+        num_bytes.value = 0
+        encoded.append(encode_masks(*masks, backend="cuda", with_bits=with_bits))
+        assert (num_bytes.value > 100 * 200 / 8 + 4 * 801) == with_bits
+    assert encoded[1].bits is None
+    _assert_same(*encoded, ("word_offsets", "runs", "run_offsets"))
+
+
+def test_one_gpu_is_taken_once_however_it_is_named(stand_in, caplog):
+    caplog.set_level(logging.INFO)
+    assert prompt_backend("cuda") is prompt_backend("cuda", 0)
+    assert prompt_backend("auto", 0) is prompt_backend("auto", device=0)
+    said = [m for m in caplog.messages if m.startswith("prompt clustering")]
+    assert said == ["prompt clustering: backend cuda on GPU 0"]
+
+
+def test_memory_of_suppression_is_bounded(stand_in):
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.integers(0, 60, (300, 2, 2)), axis=1).astype(np.float32)
+    boxes, scores = corners.reshape(-1, 4), rng.random(300, dtype=np.float32)
+    labels = np.zeros(300, np.int32)
+    expected = class_nms(boxes, scores, labels, iou_thresh=0.4, backend="reference")
+    for conflict_bytes in (1, 5 * 8 * 7, 5 * 8 * 300, 2**25):
+        plan = plan_nms(boxes, scores, labels, 0.4, conflict_bytes=conflict_bytes)
+        np.testing.assert_array_equal(read_nms(CudaExecutor().run(plan)), expected)
+    most = 65536
+    many = np.zeros((most, 4), np.float32), np.zeros(most, np.float32), np.zeros(most, np.int32)
+    matrix = plan_nms(*many, 0.5).program.buffers["conflicts"]
+    assert np.prod(matrix.shape) * 8 <= 32 * 2**20
 
 
 def _one_map(maps):
@@ -194,8 +266,8 @@ def test_maps_on_another_gpu_are_refused(stand_in):
     elsewhere = type(lent)(
         address=lent.address, shape=lent.shape, dtype=lent.dtype, device=1, stream=None, owner=lent
     )
-    with pytest.raises(ValueError, match="maps lies on cuda:1, the kernels run on cuda:0"):
-        prompt_batch(_one_map(elsewhere), _CUDA)
+    with pytest.raises(ValueError, match="maps lies on cuda:1, the kernels run on cuda:0: copy it"):
+        CudaExecutor().run(plan_prompts(_one_map(elsewhere), _CUDA))
 
 
 @pytest.mark.gpu
@@ -232,7 +304,7 @@ def test_the_next_code_is_tried_where_the_driver_refuses_one(stand_in, caplog):
 
 def test_a_gpu_that_is_not_there_is_an_error(stand_in):
     with pytest.raises(BackendUnavailableError, match="no GPU 1: status 101"):
-        prompt_batch(_one_map(np.zeros((1, 1, 4, 4), np.float32)), _CUDA, device=1)
+        prompt_batch(_one_map(np.zeros((1, 1, 4, 4), np.float32)), replace(_CUDA, device=1))
 
 
 def test_a_batch_that_the_memory_does_not_hold_is_an_error(stand_in):

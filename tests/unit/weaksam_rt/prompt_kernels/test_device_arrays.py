@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from weaksam_rt.errors import BackendUnavailableError
 from weaksam_rt.preprocessing import longest_side_frame
 from weaksam_rt.prompt_clustering import (
     ClusteringConfig,
     MapBatch,
     as_array,
     class_nms,
+    encode_masks,
     prompt_batch,
     prompts_from_maps,
     summarize_masks,
@@ -58,6 +60,16 @@ class PretendsCuda:
         return capsule
 
 
+class Unwilling:
+    """On a GPU, but not to be had: as a tensor with a gradient."""
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def __dlpack__(self, stream=None):
+        raise BufferError("not today")
+
+
 def test_host_arrays_of_other_libraries_are_views():
     tensor = torch.arange(12, dtype=torch.float32).reshape(3, 4)
     for value in (tensor, tensor.numpy(), torch.utils.dlpack.to_dlpack(tensor)):
@@ -100,7 +112,9 @@ def test_a_dlpack_tensor_lives_as_long_as_its_description():
         (lambda: PretendsCuda(torch.zeros(2), device_type=10), "device type 10 is neither"),
         (lambda: PretendsCuda(torch.zeros(4, 6).T), r"contiguous, got shape \(6, 4\) with strides"),
         (lambda: PretendsCuda(torch.zeros(2, dtype=torch.bfloat16)), "type code 4 with 16 bits"),
-        (lambda: torch.zeros(2, dtype=torch.bfloat16), "NumPy cannot read it by DLPack"),
+        (lambda: torch.zeros(2, dtype=torch.bfloat16), "cannot be read by DLPack: .*a copy"),
+        (lambda: torch.zeros(2, requires_grad=True), r"by DLPack: .*Pass .*tensor\.detach\(\)"),
+        (lambda: Unwilling(), r"by DLPack: not today\. Pass a plain contiguous array"),
         (lambda: OnGpu(np.zeros((4, 6), np.float32).T), r"contiguous, got shape \(6, 4\)"),
         (lambda: OnGpu(np.zeros(3, np.float32), mask=0), "a mask"),
         (lambda: OnGpu(np.zeros(3, np.float32), stream=0), "stream 0"),
@@ -138,9 +152,7 @@ def test_kernels_read_device_arrays_where_they_are(cpu_kernels):
     values = np.random.default_rng(0).random((1, 3, 5, 6), dtype=np.float32)
     batch = _batch(as_array("maps", OnGpu(values)))
     config = ClusteringConfig()
-    plan = plan_prompts(
-        batch, cam_peaks=config.cam_peaks, cross_peaks=config.cross_peaks, points_per_cluster=5
-    )
+    plan = plan_prompts(batch, config)
     assert plan.inputs["maps"] is batch.maps
     backend = KernelBackend(cpu_kernels.with_threads(32))
     ours = backend.prompt_batch(batch, config)
@@ -174,8 +186,43 @@ def test_maps_of_one_image_on_a_gpu_are_joined_there(cpu_kernels, monkeypatch):
     ours = prompts_from_maps(**on_gpu, **rest)
     assert len(expected) > 0
     np.testing.assert_array_equal(ours.points, expected.points)
-    with pytest.raises(ValueError, match=r"share one dtype, got .'float32', 'float64'"):
+    with pytest.raises(ValueError, match="coarse_maps must be float32 with 3 axes, got float64"):
         prompts_from_maps(**(on_gpu | {"coarse_maps": np.zeros((2, 5, 6))}), **rest)
+
+
+def test_work_is_done_on_the_gpu_that_has_the_arrays(monkeypatch):
+    asked = []
+
+    def refuse(name, device):
+        asked.append(device)
+        raise BackendUnavailableError(f"no GPU {device}")
+
+    monkeypatch.setattr("weaksam_rt.prompt_clustering.prompt_backend", refuse)
+    tensor = PretendsCuda(torch.zeros(1, 4, 4), device=1)
+    masks = np.zeros(1, np.int32), (longest_side_frame((30, 40), 64),)
+    boxes = np.zeros((1, 4), np.float32), np.zeros(1, np.float32), np.zeros(1, np.int32)
+    maps = PretendsCuda(torch.zeros(1, 3, 4, 5), device=3)
+    joined = {
+        "coarse_maps": np.zeros((1, 4, 4), np.float32), "fine_maps": tensor,
+        "cross_maps": np.zeros((2, 1, 4, 4), np.float32),
+        "class_ids": np.zeros(1, np.int32), "image_size": (9, 9),
+    }  # fmt: skip
+    config = ClusteringConfig(backend="cuda", device=2)
+    for work in (
+        lambda: summarize_masks(tensor, *masks, backend="cuda"),
+        lambda: encode_masks(tensor, *masks, backend="cuda", device=2),
+        lambda: summarize_masks(np.zeros((1, 4, 4), np.float32), *masks, backend="cuda", device=2),
+        lambda: class_nms(*boxes, iou_thresh=0.5, backend="cuda", device=2),
+        lambda: class_nms(
+            PretendsCuda(torch.zeros(1, 4), device=1), *boxes[1:], iou_thresh=0.5, backend="cuda"
+        ),
+        lambda: prompt_batch(_batch(np.zeros((1, 3, 4, 5), np.float32)), config),
+        lambda: prompt_batch(_batch(as_array("maps", maps)), config),
+        lambda: prompts_from_maps(**joined, config=config),
+    ):
+        with pytest.raises(BackendUnavailableError):
+            work()
+    assert asked == [1, 1, 2, 2, 1, 2, 3, 1]
 
 
 def test_the_reference_refuses_arrays_on_a_gpu():

@@ -1,5 +1,7 @@
 """Every kernel, run on the CPU from the source that a GPU compiles, beside its definition."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,9 @@ from weaksam_rt.prompt_clustering import ClusteringConfig, MapBatch, _reference
 from weaksam_rt.prompt_clustering._backends import KernelBackend, ReferenceBackend
 from weaksam_rt.prompt_clustering._plan import (
     PromptCapacity,
+    full_capacity,
     plan_mask_encoding,
+    plan_prompts,
     read_mask_encoding,
 )
 from weaksam_rt.prompts import class_prompts, sam_prompts
@@ -57,6 +61,19 @@ def test_prompts_of_random_batches_equal_the_definition(cpu_kernels, seed, threa
     batch, config = random_batch(rng), random_config(rng)
     ours = KernelBackend(cpu_kernels.with_threads(threads)).prompt_batch(batch, config)
     assert_same_prompts(ours, definition(batch, config))
+
+
+@settings(deadline=None)
+@given(seeds)
+def test_the_default_capacity_holds_whatever_the_maps_give(seed):
+    rng = np.random.default_rng(seed)
+    batch, config = random_batch(rng, max_side=12), random_config(rng)
+    # Every pixel a peak, or every map a plateau: the most that can come.
+    config = replace(config, cam_peaks=PeakConfig(kernel_size=1, value_thresh=1e-30))
+    room, needed = full_capacity(batch, config), ReferenceBackend().prompt_batch(batch, config)
+    assert len(needed.prompts) <= room.points
+    assert len(needed.image_index) <= room.prompts
+    assert len(needed.sam_points) <= room.sam_points
 
 
 def test_a_served_image_gives_the_prompts_of_the_definition(cpu_kernels):
@@ -145,14 +162,19 @@ def test_a_buffer_that_is_too_small_is_reported_not_cut(cpu_kernels):
         prompts=len(needed.image_index),
         sam_points=len(needed.sam_points),
     )
-    fits = KernelBackend(cpu_kernels.with_threads(32), exact)
+    fits = KernelBackend(cpu_kernels.with_threads(32), capacity=exact)
     assert_same_prompts(fits.prompt_batch(batch, ClusteringConfig()), needed)
     for name in ("points", "prompts", "sam_points"):
         room = {n: getattr(exact, n) for n in ("points", "prompts", "sam_points")}
         short = PromptCapacity(**{**room, name: room[name] - 1})
-        backend = KernelBackend(cpu_kernels.with_threads(32), short)
+        backend = KernelBackend(cpu_kernels.with_threads(32), capacity=short)
         with pytest.raises(InferenceError, match=rf"{room[name]} {name}.* holds {room[name] - 1}"):
             backend.prompt_batch(batch, ClusteringConfig())
+        plan = plan_prompts(batch, ClusteringConfig(), capacity=short)
+        outputs = cpu_kernels.with_threads(32).run(plan)
+        assert outputs.pop("totals")[0].tolist() == tuple(room.values())
+        # Of no image anything was written: all is as it was before.
+        assert all((np.ascontiguousarray(o).view(np.uint8) == 0xA5).all() for o in outputs.values())
 
 
 def _random_masks(rng, *, max_size):
@@ -219,12 +241,12 @@ def test_the_pipelines_masks_are_those_of_the_kernels(cpu_kernels, monkeypatch, 
     decoded = resize_maps(rng.normal(size=(7, 2, 5, 5)).astype(np.float32), (16, 16))
     logits = decoded[:, 1:].reshape(-1, 16, 16)
     assert not logits.flags.c_contiguous  # as one of SAM's masks of each prompt lies in memory
-    expected = masks_of_image(logits, frame, "reference")
+    expected = masks_of_image(logits, frame, backend="reference")
     monkeypatch.setattr(pipeline, "_MASK_PIXELS_AT_A_TIME", at_a_time)
-    assert masks_of_image(logits, frame, "reference") == expected
+    assert masks_of_image(logits, frame, backend="reference") == expected
     kernels = KernelBackend(cpu_kernels.with_threads(32))
-    monkeypatch.setattr(prompt_clustering, "prompt_backend", lambda name: kernels)
-    assert masks_of_image(logits, frame, "cuda") == expected
+    monkeypatch.setattr(prompt_clustering, "prompt_backend", lambda name, device: kernels)
+    assert masks_of_image(logits, frame, backend="cuda") == expected
     assert 0 < decode_rle(expected.rle_counts, (60, 90)).mean() < 1
 
 
