@@ -23,6 +23,7 @@ _KERNELS = {
     "nms_conflicts", "nms_select",
 }  # fmt: skip
 _ROOT = Path(__file__).parents[4]
+_SANITIZED_CASES = 40
 _RUN_CASES = """
 import sys
 from pathlib import Path
@@ -31,10 +32,12 @@ from tests.unit.weaksam_rt.prompt_kernels.cases import random_batch, random_conf
 from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import CpuExecutor
 from weaksam_rt.preprocessing import longest_side_frame
 from weaksam_rt.prompt_clustering._backends import KernelBackend
+from weaksam_rt.prompt_clustering._plan import plan_nms
 
 for seed in range(int(sys.argv[2])):
     rng = np.random.default_rng(seed)
-    backend = KernelBackend(CpuExecutor(Path(sys.argv[1]), threads=(1, 4, 7)[seed % 3]))
+    executor = CpuExecutor(Path(sys.argv[1]), threads=(1, 4, 7)[seed % 3])
+    backend = KernelBackend(executor)
     backend.prompt_batch(random_batch(rng, max_side=24, max_maps=6), random_config(rng))
     logits = rng.normal(size=(2, 9, 9)).astype(np.float32)
     frames = [longest_side_frame((31, 17), 36)]
@@ -43,7 +46,9 @@ for seed in range(int(sys.argv[2])):
     corners = np.sort(rng.random((70, 2, 2), dtype=np.float32), axis=1)
     boxes = corners.reshape(70, 4)
     labels = np.zeros(70, np.int32)
-    backend.class_nms(boxes, rng.random(70, dtype=np.float32), labels, 0.3)
+    scores = rng.random(70, dtype=np.float32)
+    backend.class_nms(boxes, scores, labels, 0.3)
+    executor.run(plan_nms(boxes, scores, labels, 0.3, conflict_bytes=500))
 print("ran", sys.argv[2])
 """
 
@@ -171,9 +176,9 @@ def _run_sanitized(folder, sanitizers, library, num_cases, sources=SOURCES):
     ("sanitizers", "library"), [("address,undefined", "libasan.so"), ("thread", "libtsan.so")]
 )
 def test_sanitizers_find_nothing(tmp_path, sanitizers, library):
-    ran = _run_sanitized(tmp_path, sanitizers, library, num_cases=15)
+    ran = _run_sanitized(tmp_path, sanitizers, library, num_cases=_SANITIZED_CASES)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    assert ran.stdout.split() == ["ran", "15"]
+    assert ran.stdout.split() == ["ran", str(_SANITIZED_CASES)]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,10 @@ from weaksam_rt.types import PointPrompts, PromptSource
 
 seeds = st.integers(0, 2**32 - 1)
 thread_counts = st.sampled_from([1, 3, 32, 64])
+NUM_BATCHES = 300
+"""With 15 maps on average."""
+NUM_SETS = 600
+"""Of boxes, or of 3 masks on average."""
 BOX_TOLERANCE_PX = 1e-3
 """Boxes of masks: float32 coordinates of images up to a few thousand pixels."""
 
@@ -54,7 +58,7 @@ def assert_same_prompts(ours, expected):
         np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name), err_msg=name)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=NUM_BATCHES, deadline=None)
 @given(seeds, thread_counts)
 def test_prompts_of_random_batches_equal_the_definition(cpu_kernels, seed, threads):
     rng = np.random.default_rng(seed)
@@ -191,7 +195,7 @@ def _random_masks(rng, *, max_size):
     return logits, rng.integers(0, 2, num_masks).astype(np.int32), frames
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=NUM_SETS, deadline=None)
 @given(seeds, thread_counts)
 def test_mask_summaries_equal_the_definition(cpu_kernels, seed, threads):
     logits, images, frames = _random_masks(np.random.default_rng(seed), max_size=900)
@@ -202,7 +206,7 @@ def test_mask_summaries_equal_the_definition(cpu_kernels, seed, threads):
     np.testing.assert_allclose(ours.areas, expected.areas, rtol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=NUM_SETS, deadline=None)
 @given(seeds, thread_counts)
 def test_encoded_masks_equal_the_definition(cpu_kernels, seed, threads):
     masks = _random_masks(np.random.default_rng(seed), max_size=60)
@@ -264,7 +268,7 @@ def test_masks_with_more_runs_than_guessed_are_encoded_all_the_same(cpu_kernels)
         read_mask_encoding(plan, outputs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=NUM_SETS, deadline=None)
 @given(seeds, thread_counts, st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]))
 def test_nms_keeps_the_boxes_of_the_definition(cpu_kernels, seed, threads, iou_thresh):
     rng = np.random.default_rng(seed)
