@@ -112,6 +112,7 @@ def test_every_pixel_of_an_upsampled_map_has_the_bits_of_the_definition(cpu_kern
     assert_same_prompts(ours, expected)
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_packed_prompts_are_the_decoders_prompts_of_each_image(seed):
     rng = np.random.default_rng(seed)
@@ -216,6 +217,7 @@ def test_encoded_masks_equal_the_definition(cpu_kernels, seed, threads):
         np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name), err_msg=name)
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_encoded_masks_are_those_of_the_image_logits_in_cocos_form(seed):
     rng = np.random.default_rng(seed)
