@@ -5,9 +5,8 @@ needs no other file.
 """
 
 import logging
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ import tyro
 from training.data.bad_images import usable_images
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.results import read_detections
+from training.engine.stage import undefined_as_none
 from training.evaluation.coco_ap import coco_ap
 from training.evaluation.corloc import corloc
 from training.evaluation.error_breakdown import confusion_matrix, error_breakdown
 from training.evaluation.examples import choose_examples, image_quality
-from training.evaluation.html_report import Example, html_page
+from training.evaluation.html_report import Example, html_page, note_on_truth
 from training.evaluation.pictures import Picture, save_contact_sheet
 from training.evaluation.voc_ap import voc_ap
 from weaksam_rt.files import atomic_path, write_json
@@ -62,7 +62,17 @@ def evaluate(
     """All metrics of ``detections`` on ``folder`` as JSON values, shares in [0, 1], None if
     undefined; only the confusion matrix leaves out detections below ``score_thresh``. ``masks`` is
     there where all detections and all records with objects have masks.
+
+    Images with tags and no boxes count nowhere. Without any true box, shares are None, ``errors``
+    is empty and ``confusion`` None.
     """
+    judged = replace(folder, records=tuple(r for r in folder.records if r.has_known_boxes))
+    num_images, num_judged = len(folder.records), len(judged.records)
+    has_truth = any((~record.is_crowd).any() for record in judged.records)
+    if has_truth:  # else nothing is compared, and detections are counted on all images
+        ids = {record.image_id for record in judged.records}
+        folder = judged
+        detections = {i: found for i, found in detections.items() if i in ids}
     ap, correct = voc_ap(folder, detections), corloc(folder, detections)
     coco = coco_ap(folder, detections)
     by_class = {
@@ -72,21 +82,25 @@ def evaluate(
         )
     }
     report = {
-        "num_images": len(folder.records),
+        "num_images": num_images,
+        "num_images_without_boxes": num_images - num_judged,
         "voc_ap50_11_point": ap.mean_11_point,
         "voc_ap50": ap.mean_all_point,
         "corloc": correct.mean,
         "coco": dict(coco.summary),
         "by_class": by_class,
-        "errors": {
-            name: asdict(error)
-            for name, error in error_breakdown(folder, detections).errors.items()
-        },
-        "confusion": confusion_matrix(folder, detections, score_thresh=score_thresh).tolist(),
+        "errors": {},
+        "confusion": None,
     }
+    if has_truth:
+        errors = error_breakdown(folder, detections).errors
+        report["errors"] = {name: asdict(error) for name, error in errors.items()}
+        matrix = confusion_matrix(folder, detections, score_thresh=score_thresh)
+        report["confusion"] = matrix.tolist()
     if _have_masks(folder, detections):
         report["masks"] = evaluate_masks(folder, detections)
-    return _without_nan(report)
+    defined: dict[str, Any] = undefined_as_none(report)
+    return defined
 
 
 def evaluate_masks(folder: CocoFolder, detections: Mapping[int, Detections]) -> dict[str, Any]:
@@ -138,7 +152,7 @@ def markdown(report: Mapping[str, Any], *, title: str) -> str:
     lines = [
         f"# {title}",
         "",
-        f"{report['num_images']} images. All figures in percent.",
+        f"{report['num_images']} images. All figures in percent. {note_on_truth(report)}".rstrip(),
         "",
         "| class | AP50 | AP50 (11 points) | COCO AP | CorLoc | true boxes | detections |",
         "| --- | --: | --: | --: | --: | --: | --: |",
@@ -154,17 +168,15 @@ def markdown(report: Mapping[str, Any], *, title: str) -> str:
         f"| **{_percent(report['voc_ap50_11_point'])}** | **{_percent(report['coco']['AP'])}** "
         f"| **{_percent(report['corloc'])}** | | |"
     )
-    coco = ", ".join(
-        f"{name} {_percent(value if value >= 0 else None)}"
-        for name, value in report["coco"].items()
-    )
+    coco = ", ".join(f"{name} {_percent(value)}" for name, value in report["coco"].items())
     errors = [
         f"| {name} | {error['count']} | {_percent(error['ap_gain'])} |"
         for name, error in report["errors"].items()
     ]
-    header = ["| error | count | AP50 gained without it |", "| --- | --: | --: |"]
+    if errors:
+        errors = ["| error | count | AP50 gained without it |", "| --- | --: | --: |", *errors]
     masks = _mask_lines(report["masks"]) if "masks" in report else []
-    return "\n".join([*lines, "", f"COCO: {coco}.", "", *masks, *header, *errors, ""])
+    return "\n".join([*lines, "", f"COCO: {coco}.", "", *masks, *errors, ""])
 
 
 def _mask_lines(masks: Mapping[str, Any]) -> list[str]:
@@ -194,6 +206,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Write the four files of a report into ``output``; gives back ``evaluate``'s figures."""
     report = evaluate(folder, detections, score_thresh=picture_score_thresh)
+    if note := note_on_truth(report):
+        _LOGGER.warning("%s: %s", folder.root, note)
     write_json(output / "evaluation.json", report)
     with atomic_path(output / "evaluation.md") as temporary:
         temporary.write_text(markdown(report, title=f"Detections on {folder.root.name}"))
@@ -270,12 +284,6 @@ def _name_of_thresh(thresh: float) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":

@@ -50,6 +50,13 @@ class ImageRecord:
             return self.given_tags
         return tuple(int(label) for label in np.unique(self.labels[~self.is_crowd]))
 
+    @property
+    def has_known_boxes(self) -> bool:
+        """``boxes`` are those of all objects, none where there is none; not so where the image was
+        tagged and nothing else.
+        """
+        return not self.given_tags or len(self.boxes) > 0
+
     def image(self) -> NDArray[np.uint8]:
         """RGB uint8 [h, w, 3]; upright where the set's sizes are those of upright images.
 

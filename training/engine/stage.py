@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,7 @@ class Stage:
     def log_metrics(self, *, step: int, **scalars: float) -> None:
         """Append one line to ``metrics.jsonl``."""
         with (self.directory / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
+            file.write(json.dumps(undefined_as_none({"step": step, **scalars})) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``, by ascending step; of a step that was repeated after a
@@ -61,12 +62,12 @@ class Stage:
 
         Args:
             outputs: File names in ``directory`` that later stages read; they are hashed.
-            metrics: What was measured, JSON values.
+            metrics: What was measured, JSON values; nan is written as null.
         """
         manifest = {
             **self.identity,
             "outputs": {name: sha256_of_file(self.directory / name) for name in outputs},
-            "metrics": dict(metrics or {}),
+            "metrics": undefined_as_none(dict(metrics or {})),
             "commit": git_commit(),
             "versions": package_versions(),
             "duration_s": round(time.time() - self.started_at, 1),
@@ -136,6 +137,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{directory} holds no finished stage; run it first")
     content: dict[str, Any] = json.loads(path.read_text())
     return content
+
+
+def undefined_as_none(value: Any) -> Any:
+    """A JSON value with None for every nan, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: undefined_as_none(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [undefined_as_none(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def git_commit() -> str:

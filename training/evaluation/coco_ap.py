@@ -28,7 +28,7 @@ class CocoAp:
     """COCO AP: mean over IoU 0.5 to 0.95, at most 100 boxes an image."""
 
     summary: Mapping[str, float]
-    """By ``METRICS``; each in [0, 1], or -1 where no object of that size exists."""
+    """By ``METRICS``; each in [0, 1], or nan where no object of that size exists."""
     by_class: tuple[float, ...]
     """AP in [0, 1] in the order of ``CocoFolder.class_names``; nan where no image has the class."""
 
@@ -36,7 +36,8 @@ class CocoAp:
 def coco_ap(
     folder: CocoFolder, detections: Mapping[int, Detections], *, shape: Shape = "box"
 ) -> CocoAp:
-    """COCO AP of ``detections`` (by image id) on ``folder`` and its parts; 0 without detections.
+    """COCO AP of ``detections`` (by image id) on ``folder`` and its parts; 0 without detections,
+    nan without objects.
 
     Raises:
         ValueError: Masks are compared and a record or a detection has none.
@@ -45,7 +46,7 @@ def coco_ap(
     if not results:
         occurring = {a["category_id"] for a in truth["annotations"] if not a["iscrowd"]}
         return CocoAp(
-            summary=dict.fromkeys(METRICS, 0.0),
+            summary=dict.fromkeys(METRICS, 0.0 if occurring else float("nan")),
             by_class=tuple(
                 0.0 if label + 1 in occurring else float("nan")
                 for label in range(len(folder.class_names))
@@ -60,7 +61,10 @@ def coco_ap(
     evaluation.summarize()
     stats = evaluation.stats[:6]
     return CocoAp(
-        summary={name: float(value) for name, value in zip(METRICS, stats, strict=True)},
+        summary={
+            name: float(value) if value >= 0 else float("nan")
+            for name, value in zip(METRICS, stats, strict=True)
+        },
         by_class=_by_class(evaluation.eval["precision"]),
     )
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from training.data.coco import CocoFolder, ImageRecord
+from training.data.coco import CocoFolder
 from weaksam_rt.boxes import box_iou
 from weaksam_rt.types import Detections
 
@@ -33,7 +34,8 @@ def corloc(
     """CorLoc of ``detections``; an image without any detection of a present class is a miss.
 
     Args:
-        folder: Truth; crowd boxes count as nothing.
+        folder: Truth; crowd boxes count as nothing, and a tag without a box of its class is not
+            judged.
         detections: By image id.
         iou_thresh: In (0, 1]; right means an IoU of at least this with any box of the class.
 
@@ -43,14 +45,18 @@ def corloc(
     hits: list[list[bool]] = [[] for _ in folder.class_names]
     for record in folder.records:
         for label in record.tags:
-            hits[label].append(_is_hit(record, detections.get(record.image_id), label, iou_thresh))
+            truth = record.boxes[(record.labels == label) & ~record.is_crowd]
+            if len(truth):
+                found = detections.get(record.image_id)
+                hits[label].append(_is_hit(truth, found, label, iou_thresh))
     return CorLoc(by_class=tuple(float(np.mean(h)) if h else float("nan") for h in hits))
 
 
-def _is_hit(record: ImageRecord, found: Detections | None, label: int, iou_thresh: float) -> bool:
+def _is_hit(
+    truth: NDArray[np.float32], found: Detections | None, label: int, iou_thresh: float
+) -> bool:
     if found is None or not (found.labels == label).any():
         return False
     members = np.flatnonzero(found.labels == label)
     best = members[found.scores[members].argmax()]
-    truth = record.boxes[(record.labels == label) & ~record.is_crowd]
     return bool(box_iou(found.boxes[best : best + 1], truth).max(initial=0) >= iou_thresh)

@@ -64,11 +64,13 @@ def choose_examples(
 ) -> Examples:
     """The ``count`` best and worst images by their F1, at equal F1 those with more objects first.
 
-    Images with nothing to find and nothing found are left out; where there are fewer than twice
-    ``count``, the better half is best.
+    Images with nothing to find and nothing found are left out, and those whose boxes are not known;
+    where there are fewer than twice ``count``, the better half is best.
     """
     ranked = []
     for index, record in enumerate(folder.records):
+        if not record.has_known_boxes:
+            continue
         found = detections.get(record.image_id, Detections.empty(record.image_size))
         f1 = image_quality(record, found, score_thresh=score_thresh).f1
         if not np.isnan(f1):

@@ -72,16 +72,20 @@ def html_page(
         _HEAD.format(title=html.escape(title), picture_px=_PICTURE_PX),
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{report['num_images']} images. Figures in percent.</p>",
+        *([] if not (note := note_on_truth(report)) else [f"<p>{note}</p>"]),
         _headline_table(report),
         "<h2>Classes</h2>",
         _class_table(report),
         *_mask_parts(report.get("masks")),
-        "<h2>Errors</h2>",
-        "<p>What is wrong with detections of any score, and by how much AP50 would rise without "
-        "it.</p>",
-        _error_table(report),
     ]
-    if len(class_names) <= _MOST_CLASSES_OF_CONFUSION:
+    if report["errors"]:
+        parts += [
+            "<h2>Errors</h2>",
+            "<p>What is wrong with detections of any score, and by how much AP50 would rise "
+            "without it.</p>",
+            _error_table(report),
+        ]
+    if report["confusion"] and len(class_names) <= _MOST_CLASSES_OF_CONFUSION:
         parts += [
             "<h2>Confusion</h2>",
             "<p>Rows: what is there. Columns: what was found, by confident detections.</p>",
@@ -98,12 +102,22 @@ def html_page(
     return "\n".join([*parts, "</body></html>", ""])
 
 
+def note_on_truth(report: Mapping[str, Any]) -> str:
+    """What a reader must know where boxes of images are not known; empty where all are."""
+    unknown = report["num_images_without_boxes"]
+    if not unknown:
+        return ""
+    if unknown == report["num_images"]:
+        return (
+            "These images have tags and no boxes: whatever is measured by comparing boxes is left "
+            "out."
+        )
+    return f"{unknown} images have tags and no boxes; no figure counts them."
+
+
 def _headline_table(report: Mapping[str, Any]) -> str:
     rows = [[text, _percent(report[key])] for key, text in _HEADLINES.items()]
-    rows += [
-        [f"COCO {name}", _percent(value if value >= 0 else None)]
-        for name, value in report["coco"].items()
-    ]
+    rows += [[f"COCO {name}", _percent(value)] for name, value in report["coco"].items()]
     return _table(["measure", "value"], rows)
 
 

@@ -38,7 +38,9 @@ class PointingCounter:
             source: _hits_of_classes(record, prompts, source)
             for source in (PromptSource.COARSE, PromptSource.FINE)
         }
-        hits[PromptSource.CROSS] = [_is_inside(point, record.boxes) for point in points]
+        hits[PromptSource.CROSS] = [
+            _is_inside(point, record.boxes) for point in points if record.has_known_boxes
+        ]
         for source, of_source in hits.items():
             self._num_hits[source] += sum(of_source)
             self._num[source] += len(of_source)
@@ -60,7 +62,8 @@ class PointingCounter:
 def pointing_accuracy(folder: CocoFolder, prompts: Mapping[int, PointPrompts]) -> PointingAccuracy:
     """Score point prompts by image id against the boxes of ``folder``; for evaluation only.
 
-    Classes that are not in the image (predicted wrongly) and images without prompts do not count.
+    Classes that are not in the image (predicted wrongly), images without prompts and tags without
+    a box of their class do not count.
     """
     counter = PointingCounter()
     for record in folder.records:
@@ -74,6 +77,8 @@ def _hits_of_classes(
 ) -> list[bool]:
     hits = []
     for tag in record.tags:
+        if tag not in record.labels:
+            continue
         members = np.flatnonzero((prompts.sources == source) & (prompts.class_ids == tag))
         if len(members):
             highest = members[prompts.scores[members].argmax()]

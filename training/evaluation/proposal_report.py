@@ -7,6 +7,7 @@ Names of classes and files come from users; every text is escaped.
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,7 @@ def html_page(folder: CocoFolder, sample: Sequence[ImageEvidence]) -> str:
         _HEAD,
         f"<p>{len(sample)} images of {html.escape(folder.root.name)}. Colours:{keys}. True boxes "
         "are white; they are for evaluation only.</p>",
+        "" if _has_boxes(sample) else "<p>No true boxes are known here.</p>",
         _summary_table(sample),
     ]
     for evidence in sample:
@@ -135,6 +137,10 @@ def coverage(evidence: Sequence[ImageEvidence], source: PromptSource | None) -> 
     return {t: float((found >= t).mean()) if len(found) else float("nan") for t in _THRESHOLDS}
 
 
+def _has_boxes(sample: Sequence[ImageEvidence]) -> bool:
+    return any(len(evidence.record.boxes) for evidence in sample)
+
+
 def _summary_table(sample: Sequence[ImageEvidence]) -> str:
     header = "".join(
         f"<th>{text}</th>"
@@ -157,7 +163,10 @@ def _summary_row(name: str, sample: Sequence[ImageEvidence], source: PromptSourc
     prompts = _count([e.part.prompts.sources for e in sample], source) / num
     proposals = _count([e.part.proposals.sources for e in sample], source) / num
     counts = ["" if source is PromptSource.GRID else f"{prompts:.1f}", f"{proposals:.1f}"]
-    shares = [f"{100 * share:.0f} %" for share in coverage(sample, source).values()]
+    shares = [
+        "-" if math.isnan(share) else f"{100 * share:.0f} %"
+        for share in coverage(sample, source).values()
+    ]
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in (name, *counts, *shares))}</tr>"
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tests.unit.training.evaluation.hand_made import record as _record
 from training.evaluate import evaluate, markdown, summary
 from training.evaluation.coco_ap import METRICS, coco_ap, coco_results, coco_truth
 from training.evaluation.corloc import corloc
+from training.evaluation.examples import choose_examples
 from training.evaluation.html_report import html_page
 from training.evaluation.recall import greedy_matches, proposal_recall
 from training.evaluation.voc_ap import ap_11_point, ap_all_point, voc_ap
@@ -98,6 +100,12 @@ def _random_case(seed):
     return _folder(*records), found
 
 
+def _assert_same_stats(summary, stats):
+    """pycocotools says -1 where there are no objects of a size."""
+    expected = np.where(stats[:6] < 0, np.nan, stats[:6])
+    np.testing.assert_allclose([summary[m] for m in METRICS], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_coco_ap_equals_pycocotools(seed):
     folder, found = _random_case(seed)
@@ -110,7 +118,7 @@ def test_coco_ap_equals_pycocotools(seed):
     reference.summarize()
     ours = coco_ap(folder, found)
     assert 0.1 < ours.summary["AP"] < 1
-    np.testing.assert_allclose([ours.summary[m] for m in METRICS], reference.stats[:6], atol=1e-6)
+    _assert_same_stats(ours.summary, reference.stats)
     # [threshold, recall, class, area, limit]: all areas, 100 boxes
     by_class = reference.eval["precision"][:, :, :, 0, 2].mean(axis=(0, 1))
     np.testing.assert_allclose(ours.by_class, by_class, atol=1e-6)
@@ -140,6 +148,40 @@ def test_the_report_has_json_values_only_and_a_table_row_per_class():
     page = markdown(report, title="T")
     assert "| cat | 100.0 | 100.0 | 100.0 | 100.0 | 1 | 1 |" in page
     assert "| dog | - | - | - | - | 0 | 0 |" in page
+
+
+def _tagged(image_id, *tags):
+    return dataclasses.replace(_record([], [], image_id=image_id), given_tags=tags)
+
+
+def test_without_known_boxes_nothing_is_measured_and_the_pages_say_so():
+    folder = _folder(_tagged(1, 0), _tagged(2, 0, 1))
+    found = {1: _detections([_A, _B], [0.9, 0.8], [0, 1])}
+    report = evaluate(folder, found)
+    assert set(summary(report).values()) == {None}
+    assert set(report["coco"].values()) == {None}
+    assert (report["errors"], report["confusion"]) == ({}, None)
+    assert report["by_class"]["cat"]["num_detections"] == 1
+    json.dumps(report, allow_nan=False)
+    pages = (
+        markdown(report, title="T"),
+        html_page(report, title="T", class_names=folder.class_names, best=[], worst=[]),
+    )
+    for page in pages:
+        assert "tags and no boxes" in page
+        assert "-100" not in page
+    examples = choose_examples(folder, found, count=2, score_thresh=0.3)
+    assert (examples.best, examples.worst) == ((), ())
+
+
+def test_images_with_tags_alone_count_nowhere_beside_others_with_boxes():
+    boxed, found = _folder(_record([_A], [0])), _detections([_A, _B], [0.9, 0.95], [0, 0])
+    mixed = _folder(_record([_A], [0]), _tagged(2, 0))
+    alone, both = evaluate(boxed, {1: found}), evaluate(mixed, {1: found, 2: found})
+    assert (both["num_images"], both["num_images_without_boxes"]) == (2, 1)
+    for key in ("voc_ap50", "corloc", "coco", "by_class", "errors", "confusion"):
+        assert both[key] == alone[key]
+    assert "1 images have tags and no boxes" in markdown(both, title="T")
 
 
 def _masked(found, rng=None):
@@ -190,7 +232,7 @@ def test_coco_ap_of_masks_equals_pycocotools(seed):
     ours = coco_ap(folder, found, shape="mask")
     assert 0.05 < ours.summary["AP"] < 1
     assert ours.summary["AP"] != coco_ap(folder, found).summary["AP"]
-    np.testing.assert_allclose([ours.summary[m] for m in METRICS], reference.stats[:6], atol=1e-6)
+    _assert_same_stats(ours.summary, reference.stats)
 
 
 def test_masks_are_right_by_their_own_overlap_whatever_their_boxes():
