@@ -33,6 +33,7 @@ def detect_folder(
     image_size: int,
     config: DetectionConfig,
     batch_size: int = 4,
+    device: torch.device | None = None,
 ) -> Mapping[int, Detections]:
     """Detections of every image by image id, in the frame of the image, with masks where the model
     gives some.
@@ -43,6 +44,7 @@ def detect_folder(
         image_size: Side of the model's input in pixels.
         config: Thresholds.
         batch_size: Images per call.
+        device: Of the model; None: the CPU.
     """
     found = {}
     starts = range(0, len(folder.records), batch_size)
@@ -50,8 +52,9 @@ def detect_folder(
         records = folder.records[start : start + batch_size]
         framed = [resize_for_detector(record.image(), image_size) for record in records]
         with torch.inference_mode():
-            outputs = model(torch.from_numpy(np.stack([pixels for pixels, _ in framed])))
-        boxes, scores, labels, *masks = (output.numpy() for output in outputs)
+            batch = torch.from_numpy(np.stack([pixels for pixels, _ in framed]))
+            outputs = model(batch.to(device))
+        boxes, scores, labels, *masks = (output.cpu().numpy() for output in outputs)
         for index, (record, (_, frame)) in enumerate(zip(records, framed, strict=True)):
             found[record.image_id] = select_detections(
                 boxes[index], scores[index], labels[index], frame,

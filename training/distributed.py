@@ -5,6 +5,7 @@ It knows who is who and how numbers are averaged; it knows no training.
     torchrun --nproc-per-node 8 -m training.train_classifier ...
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+_LOGGER = logging.getLogger(__name__)
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 """``auto``: CUDA where it is there, else the CPU."""
@@ -100,6 +103,22 @@ class Process:
             self.wait()
 
 
+def choose_device(device: DeviceName) -> Literal["cpu", "cuda"]:
+    """What ``auto`` means on this machine, logged; anything else is itself.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ValueError("device cuda: torch sees no GPU here; choose cpu or auto")
+    if device != "auto":
+        return device
+    chosen: Literal["cpu", "cuda"] = "cuda" if has_gpu else "cpu"
+    _LOGGER.info("device %s: torch sees %s", chosen, "a GPU" if has_gpu else "no GPU")
+    return chosen
+
+
 @contextmanager
 def training_process(device: DeviceName = "auto") -> Iterator[Process]:
     """Who this process is: alone, or one of those that ``torchrun`` started.
@@ -110,9 +129,7 @@ def training_process(device: DeviceName = "auto") -> Iterator[Process]:
     Raises:
         ValueError: CUDA is asked for and not there.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: torch sees no GPU here; choose cpu or auto")
-    on_gpu = torch.cuda.is_available() and device != "cpu"
+    on_gpu = choose_device(device) == "cuda"
     local = int(os.environ.get("LOCAL_RANK", "0"))
     own = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if "RANK" not in os.environ:

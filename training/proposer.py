@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.data.coco import CocoFolder, ImageRecord, load_coco_folder, of_another_size
+from training.data.bad_images import read_image
+from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
 from training.data.proposal_shards import ImagePart, Skipped
 from training.evaluation.proposal_report import ImageEvidence, ImageMaps, most_masks
 from training.map_extraction import MapPasses, peak_prompts, summed_maps
@@ -197,19 +198,6 @@ class ImageProposer:
             fine=most(at_size("fine_maps")),
             cross=most(at_size("cross_maps").mean(axis=0)),
         )
-
-
-def read_image(record: ImageRecord) -> NDArray[np.uint8]:
-    """RGB uint8 [h, w, 3].
-
-    Raises:
-        ValueError: It cannot be read, or has another size than the annotations say.
-    """
-    image = record.image()
-    size = image.shape[0], image.shape[1]
-    if size != record.image_size:
-        raise of_another_size(record, size)
-    return image
 
 
 def check_tags(folder: CocoFolder) -> None:

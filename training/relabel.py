@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import tyro
 from rich.logging import RichHandler
 
@@ -15,6 +16,7 @@ from training.data.bad_images import usable_images
 from training.data.coco import load_coco_folder
 from training.data.results import write_detections
 from training.detect import detect_folder
+from training.distributed import DeviceName, choose_device
 from training.engine.stage import open_stage
 from training.evaluate import summary, write_report
 from training.models.detector_adapter import DetectorAdapter
@@ -36,6 +38,8 @@ class RelabelConfig:
         default_factory=lambda: DetectionConfig(score_thresh=0.01, nms_thresh=0.3)
     )
     """Thresholds; low, because the pseudo labels are chosen later."""
+    device: DeviceName = "cpu"
+    """Where the detector runs."""
     skip_bad: bool = False
     """Leave unreadable images out and list them in the manifest."""
 
@@ -53,11 +57,13 @@ def relabel(config: RelabelConfig) -> None:
         raise ValueError(
             f"the detector knows {list(class_names)}, {config.data} has {list(folder.class_names)}"
         )
+    device = torch.device(choose_device(config.device))
     found = detect_folder(
-        DetectorAdapter(model),
+        DetectorAdapter(model).to(device),
         folder,
         image_size=model.config.image_size,
         config=config.detection,
+        device=device,
     )
     write_detections(stage.directory / DETECTIONS_NAME, found, folder=folder)
     report = summary(write_report(stage.directory, folder, found))

@@ -2,6 +2,9 @@
 
 Writes ``detector.safetensors`` (weights, and the model's config as metadata) and, with ``--val``,
 ``detections.json`` and a report of the deployed form of the model. A killed run resumes.
+
+The scaled images lie in a file of the stage's folder while it trains, 0.3 MB each at 320 pixels, so
+that memory does not grow with the data set; whether the disk has room is checked first.
 """
 
 import logging
@@ -14,15 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from numpy.typing import NDArray
+from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from training.data.bad_images import usable_images
+from training.data.bad_images import read_image, usable_images
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
+from training.data.pixel_store import open_pixels
 from training.data.results import write_detections
 from training.data.sampling import epoch_order, repeat_factors
-from training.data.views import FramedImage, TrueBoxes, ViewConfig, frame_image, random_view
+from training.data.views import FramedImage, TrueBoxes, ViewConfig, annotate_frame, random_view
 from training.detect import detect_folder
+from training.distributed import DeviceName, choose_device
 from training.engine.checkpoint import (
     load_checkpoint,
     load_metadata,
@@ -48,6 +55,7 @@ from training.retraining.roi_drop import (
 from weaksam_rt.config import DetectionConfig
 from weaksam_rt.errors import ArtifactError
 from weaksam_rt.masks import decode_rle
+from weaksam_rt.preprocessing import longest_side_frame, resize_for_detector
 from weaksam_rt.types import InstanceMasks
 
 _LOGGER = logging.getLogger(__name__)
@@ -55,6 +63,8 @@ _LOGGER = logging.getLogger(__name__)
 WEIGHTS_NAME = "detector.safetensors"
 DETECTIONS_NAME = "detections.json"
 _CHECKPOINT_NAME = "checkpoint.safetensors"
+_IMAGES_NAME = "images.npy"
+_NEGATIVES_NAME = "negatives.npy"
 _MASK_HEAD = "mask_head."
 _FROZEN_LAYERS = ("conv1", "fire2", "fire3", "fire4")
 
@@ -120,6 +130,8 @@ class RetrainDetectorConfig:
     """A finished detector (``detector.safetensors``) of the same classes and sizes to go on from,
     for example to give it a mask head; ``trunk_weights`` are not read then."""
     recipe: DetectorRecipe = field(default_factory=DetectorRecipe)
+    device: DeviceName = "cpu"
+    """Where the model trains and is evaluated; images are read and varied on the CPU."""
     skip_bad: bool = False
     """Leave unreadable images out and list them in the manifest."""
 
@@ -137,6 +149,7 @@ def main(config: RetrainDetectorConfig) -> None:
     stage = open_stage("retrain_detector", config.output, config=config.recipe, inputs=inputs)
     if stage.finished:
         return
+    device = torch.device(choose_device(config.device))
     loaded = load_coco_folder(config.data, annotations=config.annotations)
     usable = usable_images(loaded, skip_bad=config.skip_bad)
     folder, skipped = usable.folder, dict(usable.skipped)
@@ -151,7 +164,7 @@ def main(config: RetrainDetectorConfig) -> None:
     start = initial_model(
         config.recipe, folder.class_names, config.trunk_weights, config.start_from
     )
-    model = train(stage, folder, config.recipe, start, negatives, truth=truth)
+    model = train(stage, folder, config.recipe, start, negatives, truth=truth, device=device)
     metadata = {"model": asdict(config.recipe.model), "class_names": folder.class_names}
     save_weights(stage.directory / WEIGHTS_NAME, model.state_dict(), metadata)
     outputs: list[str] = [WEIGHTS_NAME]
@@ -192,23 +205,31 @@ def train(
     negatives: CocoFolder | None = None,
     *,
     truth: CocoFolder | None = None,
+    device: torch.device | None = None,
 ) -> FasterRcnn:
     """Train ``model`` (of ``initial_model``) from the beginning or from the checkpoint in the
-    stage's folder; gives it back in evaluation mode. Of ``negatives`` the images are read and no
-    boxes; ``truth`` only measures.
+    stage's folder; gives it back in evaluation mode, on ``device`` (None: the CPU). Of
+    ``negatives`` the images are read and no boxes; ``truth`` only measures.
 
     Raises:
         ValueError: No image has a box.
         DivergedError: The loss is not finite or grows without end; the last good checkpoint stays.
     """
     images = load_framed_images(
-        folder, recipe.model.image_size, truth, with_masks=recipe.model.mask_channels is not None
+        folder,
+        recipe.model.image_size,
+        truth,
+        with_masks=recipe.model.mask_channels is not None,
+        store=stage.directory / _IMAGES_NAME,
     )
     if not images:
         raise ValueError(f"{folder.root}: no image has a box to train on; check the annotations")
     if negatives is not None:
-        images += load_negatives(negatives, recipe.model.image_size)
-    model = model.to(memory_format=torch.channels_last)
+        images += load_negatives(
+            negatives, recipe.model.image_size, store=stage.directory / _NEGATIVES_NAME
+        )
+    batches = Batches(images, recipe)
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer = AdamW(parameter_groups(model, recipe), lr=recipe.learning_rate, fused=True)
     checkpoint = stage.directory / _CHECKPOINT_NAME
     done = 0
@@ -216,21 +237,22 @@ def train(
         done, _ = load_checkpoint(checkpoint, modules={"model": model}, optimizer=optimizer)
         _LOGGER.info("resuming after step %d", done)
     guard = LossGuard(checkpoint)
-    steps_per_epoch = -(-len(images) // recipe.batch_size)
-    num_steps = recipe.epochs * steps_per_epoch
+    num_steps = recipe.epochs * batches.per_epoch
     model.train()
     with stage_progress() as progress:
         task = progress.add_task("train detector", total=num_steps, completed=done)
         for step in range(done, num_steps):
-            batch = batch_of_step(images, recipe, step)
+            batch = batches.of_step(step)
             scalars = train_step(model, optimizer, batch, recipe, step, num_steps)
             guard.check(scalars["loss"], step=step, images=[view.name for view in batch])
             stage.log_metrics(step=step, **scalars)
             progress.update(task, advance=1, description=f"loss {scalars['loss']:.3f}")
-            if (step + 1) % steps_per_epoch == 0:
+            if (step + 1) % batches.per_epoch == 0:
                 save_checkpoint(
                     checkpoint, modules={"model": model}, optimizer=optimizer, step=step + 1
                 )
+    for name in (_IMAGES_NAME, _NEGATIVES_NAME):
+        (stage.directory / name).unlink(missing_ok=True)
     return model.eval()
 
 
@@ -292,60 +314,110 @@ def load_framed_images(
     truth: CocoFolder | None = None,
     *,
     with_masks: bool = False,
+    store: Path | None = None,
 ) -> list[FramedImage]:
     """All images that have a box, in the model frame, without crowd boxes; with the true boxes of
     the same images where ``truth`` is given.
 
+    Args:
+        folder: With the boxes to learn from.
+        frame_side: Of the model's input, pixels.
+        truth: The same images with their true boxes.
+        with_masks: The masks of the boxes too, run-length coded.
+        store: Keep the pixels in this file instead of memory; a whole one is used as it is.
+
     Raises:
-        ValueError: ``truth`` lacks one of the images, or a box has no mask and masks are wanted.
+        ValueError: ``truth`` lacks one of the images or its boxes, or a box has no mask and masks
+            are wanted.
+        OSError: The disk has no room for the file.
     """
     of_image = {} if truth is None else {record.image_id: record for record in truth.records}
+    records = [record for record in folder.records if (~record.is_crowd).any()]
+    for record in records if truth is not None else ():
+        _check_truth(record, of_image.get(record.image_id))
     images = []
-    for record in folder.records:
-        if not (~record.is_crowd).any():
-            continue
-        framed = _framed(record, frame_side, with_masks=with_masks)
+    for record, pixels in zip(records, _framed_pixels(records, frame_side, store), strict=True):
+        framed = annotate_frame(
+            pixels,
+            record.boxes[~record.is_crowd],
+            record.labels[~record.is_crowd],
+            image_size=record.image_size,
+            masks=record.masks()[~record.is_crowd] if with_masks else None,
+            name=record.path.name,
+        )
         if truth is not None:
-            if record.image_id not in of_image:
-                raise ValueError(f"the true boxes lack {record.path.name}; give all images")
-            true_image = _framed(of_image[record.image_id], frame_side)
-            true_boxes = TrueBoxes(boxes=true_image.boxes, labels=true_image.labels)
-            framed = replace(framed, truth=true_boxes)
+            framed = replace(framed, truth=_true_boxes(of_image[record.image_id], frame_side))
         images.append(framed)
     return images
 
 
-def _framed(record: ImageRecord, frame_side: int, *, with_masks: bool = False) -> FramedImage:
-    return frame_image(
-        record.image(),
-        record.boxes[~record.is_crowd],
-        record.labels[~record.is_crowd],
-        frame_side=frame_side,
-        masks=record.masks()[~record.is_crowd] if with_masks else None,
-        name=record.path.name,
+def _check_truth(record: ImageRecord, truth: ImageRecord | None) -> None:
+    if truth is None:
+        raise ValueError(f"the true boxes lack {record.path.name}; give all images")
+    if not truth.has_known_boxes:
+        raise ValueError(
+            f"{record.path.name} has tags and no true boxes to measure with; leave the truth out"
+        )
+
+
+def _true_boxes(record: ImageRecord, frame_side: int) -> TrueBoxes:
+    frame = longest_side_frame(record.image_size, frame_side)
+    return TrueBoxes(
+        boxes=frame.to_model(record.boxes[~record.is_crowd]),
+        labels=record.labels[~record.is_crowd],
     )
 
 
-def load_negatives(folder: CocoFolder, frame_side: int) -> list[FramedImage]:
-    """All images in the model frame, without boxes."""
+def load_negatives(
+    folder: CocoFolder, frame_side: int, *, store: Path | None = None
+) -> list[FramedImage]:
+    """All images in the model frame, without boxes; ``store`` as for ``load_framed_images``."""
     none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    pixels_of_all = _framed_pixels(folder.records, frame_side, store)
     return [
-        frame_image(record.image(), *none, frame_side=frame_side, name=record.path.name)
-        for record in folder.records
+        annotate_frame(pixels, *none, image_size=record.image_size, name=record.path.name)
+        for record, pixels in zip(folder.records, pixels_of_all, strict=True)
     ]
 
 
-def batch_of_step(
-    images: Sequence[FramedImage], recipe: DetectorRecipe, step: int
-) -> list[FramedImage]:
-    """The random views of one step; they depend on the seed and the step only."""
-    steps_per_epoch = -(-len(images) // recipe.batch_size)
-    epoch, position = divmod(step, steps_per_epoch)
-    factors = repeat_factors([set(image.labels.tolist()) for image in images], recipe.repeat_thresh)
-    order = epoch_order(factors, np.random.default_rng((recipe.seed, epoch)))
-    chosen = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
-    generator = np.random.default_rng((recipe.seed, epoch, position))
-    return [random_view(images[index], recipe.view, generator) for index in chosen]
+def _framed_pixels(
+    records: Sequence[ImageRecord], frame_side: int, store: Path | None
+) -> NDArray[np.uint8]:
+    """[n, s, s, 3], in memory or in a file."""
+
+    def fill(pixels: NDArray[np.uint8]) -> None:
+        for place, record in enumerate(track(records, description="read images", transient=True)):
+            pixels[place], _ = resize_for_detector(read_image(record), frame_side)
+
+    shape = (len(records), frame_side, frame_side, 3)
+    if store is not None and records:
+        return open_pixels(store, shape, fill)
+    pixels = np.empty(shape, np.uint8)
+    fill(pixels)
+    return pixels
+
+
+class Batches:
+    """The random views of each step; they depend on the seed and the step only."""
+
+    def __init__(self, images: Sequence[FramedImage], recipe: DetectorRecipe) -> None:
+        self.per_epoch = -(-len(images) // recipe.batch_size)
+        self._images = images
+        self._recipe = recipe
+        classes = [set(image.labels.tolist()) for image in images]
+        self._factors = repeat_factors(classes, recipe.repeat_thresh)
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def of_step(self, step: int) -> list[FramedImage]:
+        """The batch of the 0-based ``step``; fast where steps come in order."""
+        recipe = self._recipe
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            generator = np.random.default_rng((recipe.seed, epoch))
+            self._epoch, self._order = epoch, epoch_order(self._factors, generator)
+        chosen = self._order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
+        generator = np.random.default_rng((recipe.seed, epoch, position))
+        return [random_view(self._images[index], recipe.view, generator) for index in chosen]
 
 
 def train_step(
@@ -360,13 +432,17 @@ def train_step(
     factor = rate_factor(step, num_steps, recipe.warmup_steps)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    pixels = torch.from_numpy(np.stack([view.pixels for view in batch]))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    device = model.pixel_mean.device
+    pixels = torch.from_numpy(np.stack([view.pixels for view in batch])).to(device)
+    masks = None
+    if model.mask_head is not None:
+        masks = [_masks_of(view).to(device) for view in batch]
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         losses = model.training_losses(
             pixels.permute(0, 3, 1, 2).float(),
-            [torch.from_numpy(view.boxes) for view in batch],
-            [torch.from_numpy(view.labels) for view in batch],
-            None if model.mask_head is None else [_masks_of(view) for view in batch],
+            [torch.from_numpy(view.boxes).to(device) for view in batch],
+            [torch.from_numpy(view.labels).to(device) for view in batch],
+            masks,
         )
     truth = _truth_of_rois(losses, batch)
     total, scalars = total_loss(losses, recipe.roi_drop, step, num_steps, truth=truth)
@@ -454,9 +530,13 @@ def parameter_groups(model: FasterRcnn, recipe: DetectorRecipe) -> list[dict[str
 def _evaluate(
     stage: Stage, model: FasterRcnn, folder: CocoFolder, recipe: DetectorRecipe
 ) -> dict[str, float | None]:
-    adapter = DetectorAdapter(model).eval()
+    device = model.pixel_mean.device
     detections = detect_folder(
-        adapter, folder, image_size=recipe.model.image_size, config=recipe.detection
+        DetectorAdapter(model).eval().to(device),
+        folder,
+        image_size=recipe.model.image_size,
+        config=recipe.detection,
+        device=device,
     )
     write_detections(stage.directory / DETECTIONS_NAME, detections, folder=folder)
     report = summary(write_report(stage.directory, folder, detections))

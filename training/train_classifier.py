@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from rich.logging import RichHandler
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from training.data.augment import AugmentConfig, augment_images
 from training.data.bad_images import UsableImages, usable_images
 from training.data.coco import CocoFolder, ImageRecord, load_coco_folder
+from training.data.pixel_store import open_pixels
 from training.data.rand_augment import VariedImages, make_transform, varied_batches
 from training.distributed import DeviceName, Process, training_process
 from training.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
@@ -38,8 +38,6 @@ from training.evaluation.tag_ap import tag_average_precision
 from training.models.vit import activation_ranges_from_scales, load_deit_
 from training.models.vit_adapter import VitClassifierAdapter, save_classifier
 from training.models.weaktr import WeakTr, WeakTrConfig, weaktr_loss
-from weaksam_rt.errors import ArtifactError
-from weaksam_rt.files import atomic_path
 from weaksam_rt.preprocessing import resize_to_square
 
 _LOGGER = logging.getLogger(__name__)
@@ -140,6 +138,8 @@ class TaggedImages:
     """uint8 [n, s, s, 3], RGB, squeezed to squares."""
     tags: Tensor
     """float32 [n, c], 1 where the image has the class."""
+    names: tuple[str, ...]
+    """Of the files, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +149,11 @@ class TaggedFiles:
     images: tuple[ImageRecord, ...]
     tags: Tensor
     """float32 [n, c], 1 where the image has the class."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the files, for messages."""
+        return tuple(record.path.name for record in self.images)
 
 
 def train_classifier(config: TrainClassifierConfig) -> None:
@@ -166,6 +171,12 @@ def train_classifier(config: TrainClassifierConfig) -> None:
             )
         if stage.finished:
             return
+        if config.weights is None and process.is_main:
+            _LOGGER.warning(
+                "no ImageNet weights were given: the classifier starts from nothing, which some "
+                "thousand images cannot make up for; give a DeiT (--weights, or --vit-weights of "
+                "training.run)"
+            )
         usable = usable_images(load_coco_folder(config.data), skip_bad=config.skip_bad)
         folder, recipe = usable.folder, config.recipe
         torch.manual_seed(recipe.seed)
@@ -283,17 +294,12 @@ def load_tagged_images(
     if store is None:
         images = np.empty(shape, dtype=np.uint8)
         _fill(images, records)
-        return TaggedImages(images=torch.from_numpy(images), tags=tags)
-    if not store.exists():
-        with atomic_path(store) as temporary:
-            filled = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            _fill(filled, records)
-            filled.flush()
-    # Copy-on-write: torch wants memory that may be written.
-    shared = open_memmap(store, mode="c")
-    if shared.shape != shape:
-        raise ArtifactError(f"{store} holds {shared.shape}, expected {shape}; delete it")
-    return TaggedImages(images=torch.from_numpy(shared), tags=tags)
+    else:
+        images = open_pixels(
+            store, shape, lambda pixels: _fill(pixels, records), copy_on_write=True
+        )
+    names = tuple(record.path.name for record in records)
+    return TaggedImages(images=torch.from_numpy(images), tags=tags, names=names)
 
 
 def _all_records(folder: CocoFolder, negatives: CocoFolder | None) -> tuple[ImageRecord, ...]:
@@ -382,7 +388,7 @@ def _fit(
     with display as progress:
         steps_done = done * num_steps // recipe.epochs
         task = progress.add_task("train_classifier", total=num_steps, completed=steps_done)
-        guard = LossGuard(checkpoint)
+        guard = LossGuard(checkpoint, counts="epochs")
         for epoch in range(done, recipe.epochs):
             metrics = _train_epoch(
                 in_step,
@@ -391,6 +397,7 @@ def _fit(
                 train,
                 epoch,
                 image_size=model.config.vit.image_size,
+                guard=guard,
                 on_step=lambda: progress.advance(task),
                 process=process,
                 num_workers=num_workers,
@@ -400,8 +407,6 @@ def _fit(
             if val is not None:
                 metrics |= _measure(model, val)
             stage.log_metrics(step=epoch + 1, **metrics)
-            lost = sum(value for name, value in metrics.items() if name.startswith("loss_"))
-            guard.check(lost, step=epoch, images=["all of this epoch"])
             progress.update(task, description=_summary(epoch, metrics))
             save_checkpoint(
                 checkpoint,
@@ -421,18 +426,19 @@ def _train_epoch(
     epoch: int,
     *,
     image_size: int,
+    guard: LossGuard,
     on_step: Callable[[], None],
     process: Process,
     num_workers: int,
 ) -> dict[str, float]:
     """One pass; order and augmentation depend on (seed, epoch) only, what a process skips by
-    chance on its rank too.
+    chance on its rank too. Each process watches the loss of its own rows.
     """
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
     torch.manual_seed((recipe.seed * 100_003 + epoch) * 1_009 + process.rank)
     order = torch.randperm(len(train.images), generator=generator)
     batches = order.split(recipe.batch_size)[: len(order) // recipe.batch_size]
-    rows = process.rows(recipe.batch_size)
+    rows, names = process.rows(recipe.batch_size), train.names
     readings: list[dict[str, float]] = []
     if isinstance(train, TaggedFiles):
         inputs = _from_files(train, order, recipe, epoch, image_size, rows, num_workers=num_workers)
@@ -457,6 +463,11 @@ def _train_epoch(
         if recipe.max_gradient_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
         optimizer.step()
+        guard.check(
+            sum(parts.values()),
+            step=epoch * len(batches) + index,
+            images=[names[i] for i in batch[rows].tolist()],
+        )
         readings.append(parts)
         on_step()
     return process.mean(

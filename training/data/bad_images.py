@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from training.data.coco import CocoFolder, ImageRecord, of_another_size, unreadable
@@ -64,3 +66,16 @@ def check_image(record: ImageRecord) -> None:
         raise unreadable(record.path, error) from error
     if record.image_size not in ({size, size[::-1]} if is_turned else {size}):
         raise of_another_size(record, size)
+
+
+def read_image(record: ImageRecord) -> NDArray[np.uint8]:
+    """RGB uint8 [h, w, 3].
+
+    Raises:
+        ValueError: It cannot be read, or has another size than the annotations say.
+    """
+    image = record.image()
+    size = image.shape[0], image.shape[1]
+    if size != record.image_size:
+        raise of_another_size(record, size)
+    return image

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from weaksam_rt.boxes import box_area, clip_boxes
 from weaksam_rt.masks import decode_rle, encode_rle
-from weaksam_rt.preprocessing import resize_for_detector
-from weaksam_rt.types import InstanceMasks
+from weaksam_rt.preprocessing import longest_side_frame, resize_for_detector
+from weaksam_rt.types import ImageSize, InstanceMasks
 
 _INSIDE = 128
 """Of 255: the least share of a pixel inside a mask that makes it a pixel of the mask."""
@@ -81,8 +81,35 @@ def frame_image(
 ) -> FramedImage:
     """Scale an RGB image [h, w, 3], its boxes (pixels) and masks [n, h, w] into the model frame."""
     pixels, frame = resize_for_detector(image, frame_side)
+    return annotate_frame(
+        pixels, boxes, labels, image_size=frame.image_size, masks=masks, name=name
+    )
+
+
+def annotate_frame(
+    pixels: NDArray[np.uint8],
+    boxes: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    *,
+    image_size: ImageSize,
+    masks: NDArray[np.bool_] | None = None,
+    name: str = "",
+) -> FramedImage:
+    """Bring boxes (pixels) and masks [n, h, w] of an image into the model frame ``pixels``
+    [s, s, 3] that shows it.
+
+    Args:
+        pixels: Of ``resize_for_detector``; not copied.
+        boxes: [n, 4], XYXY, pixels of the image.
+        labels: [n].
+        image_size: (height, width) of the image.
+        masks: Over the image.
+        name: Of the file.
+    """
+    frame_side = pixels.shape[0]
+    frame = longest_side_frame(image_size, frame_side)
     height, width = frame.valid_size
-    scale = np.array([[width / image.shape[1], 0, 0], [0, height / image.shape[0], 0]])
+    scale = np.array([[width / image_size[1], 0, 0], [0, height / image_size[0], 0]])
     framed_masks = None if masks is None else _warp_masks(masks, scale, (height, width), frame_side)
     return FramedImage(
         pixels=pixels,

@@ -18,6 +18,8 @@ from weaksam_rt.files import atomic_path
 
 _OPTIMIZER = "optimizer"
 _RNG = "rng.torch"
+_CUDA_RNG = "rng.cuda"
+"""Only where CUDA was used; of the process's own GPU."""
 
 
 class DivergedError(WeakSamError):
@@ -77,7 +79,8 @@ def save_checkpoint(
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all that is needed to go on as if never interrupted: modules, optimiser, step,
-    torch's RNG state.
+    torch's RNG states. Tensors are written from the CPU: a run may go on on another device, where
+    it draws other numbers.
 
     Args:
         path: A ``.safetensors`` file.
@@ -106,6 +109,8 @@ def save_checkpoint(
             else:
                 scalars.setdefault(str(index), {})[key] = value
     tensors[_RNG] = torch.get_rng_state()
+    if torch.cuda.is_initialized():
+        tensors[_CUDA_RNG] = torch.cuda.get_rng_state()
     metadata = {
         "step": step,
         "param_groups": state["param_groups"],
@@ -139,6 +144,8 @@ def load_checkpoint(
         optimizer.load_state_dict({"state": state, "param_groups": metadata["param_groups"]})
         _match_memory_formats_(optimizer)
         torch.set_rng_state(tensors[_RNG])
+        if _CUDA_RNG in tensors and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(tensors[_CUDA_RNG])
     except (KeyError, RuntimeError, ValueError) as error:
         raise ArtifactError(
             f"{path} does not fit this model: {error}; delete it to start again"

@@ -33,9 +33,14 @@ class LossGuardConfig:
 class LossGuard:
     """Watches the loss of one run; a resumed run begins with an empty history."""
 
-    def __init__(self, checkpoint: Path, config: LossGuardConfig | None = None) -> None:
-        """Watch a run whose checkpoint is written to ``checkpoint``."""
+    def __init__(
+        self, checkpoint: Path, config: LossGuardConfig | None = None, *, counts: str = "steps"
+    ) -> None:
+        """Watch a run whose checkpoint is written to ``checkpoint``, with its number of ``counts``
+        as its step.
+        """
         self._checkpoint = checkpoint
+        self._counts = counts
         self._config = LossGuardConfig() if config is None else config
         self._recent: deque[float] = deque(maxlen=self._config.window)
         self._sum = 0.0
@@ -77,4 +82,4 @@ class LossGuard:
         if not self._checkpoint.is_file():
             return "No checkpoint was written yet."
         step = load_metadata(self._checkpoint)["step"]
-        return f"The last good checkpoint is {self._checkpoint}, after {step} steps."
+        return f"The last good checkpoint is {self._checkpoint}, after {step} {self._counts}."

@@ -385,7 +385,7 @@ def roi_losses(
         labels: 0 is background.
         targets: Encoded boxes; read for foreground only.
     """
-    own = offsets.unflatten(1, (-1, 4))[torch.arange(len(labels)), labels]
+    own = offsets.unflatten(1, (-1, 4))[torch.arange(len(labels), device=labels.device), labels]
     is_foreground = labels > 0
     errors = (own - targets).abs().sum(dim=1)
     return RoiLosses(

@@ -4,19 +4,17 @@ not be in memory.
 It knows rows of numbers and how many bytes they take; it knows no images.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from training.engine.disk_room import check_room
 from training.models.wsod_detector import CELLS, RoiDescriptions
 from weaksam_rt.files import atomic_path
 
 _BYTES = 2
-_SPARE = 1.05
-"""Disk that must be free, relative to what is written."""
 
 
 def row_width(num_features: int, *, with_cells: bool) -> int:
@@ -40,23 +38,17 @@ def open_store(path: Path, num_rows: int, width: int, fill: Callable[[Tensor], N
     if not (path.is_file() and path.stat().st_size == size):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        check_room(path.parent, num_rows, width)
+        check_room(
+            path.parent,
+            size,
+            what=f"{num_rows} descriptions of proposals",
+            advice=", fewer image sizes, or no DropBlock",
+        )
         with atomic_path(path) as temporary:
             rows = _mapped(temporary, num_rows, width)
             fill(rows)
             del rows
     return _mapped(path, num_rows, width)
-
-
-def check_room(directory: Path, num_rows: int, width: int) -> None:
-    """Raise ``OSError`` where the file system of ``directory`` cannot hold the rows."""
-    needed, free = num_rows * width * _BYTES, shutil.disk_usage(directory).free
-    if needed * _SPARE > free:
-        raise OSError(
-            f"{num_rows} descriptions of proposals need {needed / 1e9:.1f} GB in {directory}, "
-            f"which has {free / 1e9:.1f} GB free; choose an output folder with more room, fewer "
-            "image sizes, or no DropBlock"
-        )
 
 
 def as_descriptions(rows: Tensor, map_channels: Sequence[int]) -> RoiDescriptions:

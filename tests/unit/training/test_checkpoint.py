@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from training.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from training.engine.checkpoint import (
+    load_checkpoint,
+    load_metadata,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
 from weaksam_rt.errors import ArtifactError
 
 
@@ -38,6 +44,17 @@ def test_a_resumed_run_repeats_the_undisturbed_run(tmp_path):
     )
     assert step == 3
     assert _train(model, optimizer, 3) == undisturbed[3:]
+
+
+def test_a_checkpoint_written_with_a_gpu_is_read_without_one(tmp_path):
+    model, optimizer = _new()
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, modules={"model": model}, optimizer=optimizer, step=2)
+    state_of_gpu = {"rng.cuda": torch.zeros(16, dtype=torch.uint8)}
+    save_weights(path, load_weights(path) | state_of_gpu, load_metadata(path))
+    if torch.cuda.is_initialized():
+        pytest.skip("this process uses a GPU")
+    assert load_checkpoint(path, modules={"model": model}, optimizer=optimizer)[0] == 2
 
 
 def test_a_truncated_checkpoint_is_refused_by_name(tmp_path):

@@ -12,6 +12,8 @@ import torch
 import training.retrain_detector as stage_module
 from tests.unit.training.tiny_detector import RECIPE, open_detector_stage, train_masks, with_masks
 from training.data.coco import load_coco_folder
+from training.data.sampling import epoch_order, repeat_factors
+from training.data.views import frame_image, random_view
 from training.detect import detect_folder
 from training.engine.checkpoint import DivergedError, load_weights, save_weights
 from training.engine.stage import open_stage, read_manifest
@@ -19,9 +21,9 @@ from training.generate_scenes import GenerateScenesConfig, generate_scenes
 from training.models.detector_adapter import CandidateConfig, DetectorAdapter
 from training.retrain_detector import (
     WEIGHTS_NAME,
+    Batches,
     DetectorRecipe,
     RetrainDetectorConfig,
-    batch_of_step,
     initial_model,
     load_detector,
     load_framed_images,
@@ -106,7 +108,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_images(scenes, tmp_path, m
     with pytest.raises(DivergedError, match="after 2 steps") as raised:
         train(open_detector_stage(tmp_path / "run"), folder, RECIPE, _start(folder))
     images = load_framed_images(folder, 64)
-    for view in batch_of_step(images, RECIPE, 3):
+    for view in Batches(images, RECIPE).of_step(3):
         assert view.name in str(raised.value)
 
 
@@ -260,14 +262,105 @@ def test_true_boxes_of_other_images_are_refused(scenes):
 
 def test_views_depend_on_seed_and_step_only(scenes):
     images = load_framed_images(load_coco_folder(scenes / "train"), 64)
-    first, again, other = (batch_of_step(images, RECIPE, step) for step in (1, 1, 3))
+    batches = Batches(images, RECIPE)
+    first, other, again = (batches.of_step(step) for step in (1, 3, 1))
     np.testing.assert_array_equal(first[0].pixels, again[0].pixels)
     assert any((a.pixels != b.pixels).any() for a, b in zip(first, other, strict=True))
 
 
 def test_every_image_is_seen_once_an_epoch(scenes):
     images = load_framed_images(load_coco_folder(scenes / "train"), 64)
-    assert sum(len(batch_of_step(images, RECIPE, step)) for step in range(2)) == len(images)
+    batches = Batches(images, RECIPE)
+    assert batches.per_epoch == 2
+    assert sum(len(batches.of_step(step)) for step in range(2)) == len(images)
+
+
+def test_batches_are_those_of_factors_and_orders_made_anew_at_every_step(scenes):
+    images = load_framed_images(load_coco_folder(scenes / "train"), 64)
+    images += load_negatives(load_coco_folder(scenes / "val"), 64)
+    recipe = dataclasses.replace(RECIPE, repeat_thresh=0.9, batch_size=4, seed=3)
+    batches = Batches(images, recipe)
+    for step in range(4):
+        epoch, position = divmod(step, 2)
+        classes = [set(image.labels.tolist()) for image in images]
+        factors = repeat_factors(classes, recipe.repeat_thresh)
+        order = epoch_order(factors, np.random.default_rng((recipe.seed, epoch)))
+        generator = np.random.default_rng((recipe.seed, epoch, position))
+        expected = [
+            random_view(images[index], recipe.view, generator)
+            for index in order[4 * position : 4 * position + 4]
+        ]
+        for got, want in zip(batches.of_step(step), expected, strict=True):
+            assert got.name == want.name
+            np.testing.assert_array_equal(got.pixels, want.pixels)
+            np.testing.assert_array_equal(got.boxes, want.boxes)
+
+
+def test_images_kept_in_a_file_are_those_kept_in_memory(scenes, tmp_path, monkeypatch):
+    folder, store = load_coco_folder(scenes / "train"), tmp_path / "images.npy"
+    expected = load_framed_images(folder, 64, folder, with_masks=True)
+    for _ in range(2):
+        found = load_framed_images(folder, 64, folder, with_masks=True, store=store)
+        for got, want, record in zip(found, expected, folder.records, strict=True):
+            framed = frame_image(
+                record.image(),
+                record.boxes,
+                record.labels,
+                frame_side=64,
+                masks=record.masks(),
+                name=record.path.name,
+            )
+            assert got.valid_size == want.valid_size == framed.valid_size
+            assert got.name == want.name == framed.name
+            assert got.masks == want.masks == framed.masks
+            for name in ("pixels", "boxes", "labels"):
+                np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+                np.testing.assert_array_equal(getattr(got, name), getattr(framed, name))
+            np.testing.assert_array_equal(got.truth.boxes, want.boxes)
+        monkeypatch.setattr(stage_module, "read_image", None)  # a whole file is not made again
+
+
+def test_the_cpu_by_name_is_the_default(scenes, tmp_path):
+    config = RetrainDetectorConfig(data=scenes / "train", output=tmp_path / "a", recipe=RECIPE)
+    main(config)
+    main(dataclasses.replace(config, device="cpu", output=tmp_path / "b"))
+    one, other = (load_weights(tmp_path / name / WEIGHTS_NAME) for name in "ab")
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.gpu
+def test_a_run_begun_on_a_gpu_resumes_there_as_if_undisturbed_and_ends_on_the_cpu(
+    scenes, tmp_path, monkeypatch
+):
+    folder, gpu = load_coco_folder(scenes / "train"), torch.device("cuda")
+    undisturbed = train(
+        open_detector_stage(tmp_path / "a"), folder, RECIPE, _start(folder), device=gpu
+    )
+    real_step = stage_module.train_step
+
+    def _killed_in_step_3(model, optimizer, batch, recipe, step, num_steps):
+        if step == 3:
+            raise KeyboardInterrupt
+        return real_step(model, optimizer, batch, recipe, step, num_steps)
+
+    monkeypatch.setattr(stage_module, "train_step", _killed_in_step_3)
+    with pytest.raises(KeyboardInterrupt):
+        train(open_detector_stage(tmp_path / "b"), folder, RECIPE, _start(folder), device=gpu)
+    monkeypatch.undo()
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    resumed = train(open_detector_stage(tmp_path / "b"), folder, RECIPE, _start(folder), device=gpu)
+    for name, value in undisturbed.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, msg=name)
+    moved = train(open_detector_stage(tmp_path / "c"), folder, RECIPE, _start(folder))
+    assert all(value.device.type == "cpu" for value in moved.state_dict().values())
+
+
+def test_the_file_of_images_goes_when_training_ends(scenes, tmp_path):
+    folder = load_coco_folder(scenes / "train")
+    stage = open_detector_stage(tmp_path / "run")
+    train(stage, folder, RECIPE, _start(folder), load_coco_folder(scenes / "val"))
+    assert not list(stage.directory.glob("*.npy"))
 
 
 def test_images_of_background_are_learnt_from_without_boxes(scenes, tmp_path):

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data.bad_images import check_image, usable_images
+from training.data.bad_images import check_image, read_image, usable_images
 from training.data.coco import load_coco_folder
-from training.proposer import read_image
 from weaksam_rt.files import write_json
 
 
