@@ -69,6 +69,8 @@ DETECTIONS_NAME = "detections.json"
 VAL_DETECTIONS_NAME = "val_detections.json"
 _CHECKPOINT_NAME = "checkpoint.safetensors"
 _STORE_NAME = "descriptions.bin"
+_MOST_NAMES = 5
+"""Files in a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,8 @@ class TrainWsodConfig:
     device: DeviceName = "cpu"
     """Where proposals are described and the heads train."""
     skip_bad: bool = False
-    """Leave unreadable images out and list them in the manifest."""
+    """Leave unreadable images, and training images without a usable proposal, out and list them in
+    the manifest."""
 
     def __post_init__(self) -> None:
         if (self.val is None) != (self.val_proposals is None):
@@ -183,8 +186,19 @@ def _run(config: TrainWsodConfig, stage: Stage, process: Process) -> None:
     store = stage.directory / _STORE_NAME
     with process.main_first():
         samples = load_samples(
-            folder, config.proposals, trunk, recipe, store=store, device=process.device
+            folder,
+            config.proposals,
+            trunk,
+            recipe,
+            store=store,
+            device=process.device,
+            needs_all=not config.skip_bad,
         )
+    learnt = {sample.record.image_id for sample in samples}
+    for record in folder.records:
+        if record.image_id not in learnt:
+            skipped[f"{folder.root.name}/{record.path.name}"] = "it has no usable proposal"
+    folder = replace(folder, records=tuple(r for r in folder.records if r.image_id in learnt))
     num_classes = len(folder.class_names)
     head = train(stage, samples, recipe, num_classes=num_classes, process=process)
     if not process.is_main:
@@ -218,6 +232,7 @@ def load_samples(
     *,
     store: Path,
     device: torch.device | None = None,
+    needs_all: bool = False,
 ) -> list[WsodSample]:
     """All images that have a usable proposal, with their descriptions as views of a file.
 
@@ -228,8 +243,10 @@ def load_samples(
         recipe: Sizes and what is usable.
         store: The file of the descriptions; a whole one is used as it is.
         device: Of the trunk; None: the CPU.
+        needs_all: An image without a usable proposal is an error instead of left out.
 
     Raises:
+        ValueError: ``needs_all``, and images have no usable proposal.
         OSError: The disk has no room for the file.
     """
     found = read_proposals(proposals, folder=folder)
@@ -238,8 +255,19 @@ def load_samples(
         for image_id, of_image in found.items()
     }
     usable = [record for record in folder.records if len(boxes[record.image_id])]
-    if len(usable) < len(folder.records):
-        _LOGGER.warning("%d images have no usable proposal", len(folder.records) - len(usable))
+    lacking = [r.path.name for r in folder.records if not len(boxes[r.image_id])]
+    if lacking:
+        message = (
+            f"{len(lacking)} of {len(folder.records)} images of {folder.root} have no proposal in "
+            f"{proposals} of at least {recipe.min_side_px:g} pixels: "
+            f"{', '.join(lacking[:_MOST_NAMES])}{' ...' if len(lacking) > _MOST_NAMES else ''}"
+        )
+        if needs_all:
+            raise ValueError(
+                f"{message}; make proposals for them (training.generate_proposals), lower "
+                "min_side_px, or leave such images out with --skip-bad"
+            )
+        _LOGGER.warning("%s", message)
     if not usable:
         return []
     num_views = 2 * (1 + len(recipe.extra_image_sizes))
@@ -311,9 +339,7 @@ def train(
             if not process.is_main:
                 continue
             stage.log_metrics(step=step, **scalars)
-            names = [
-                sample.record.path.name for sample, _ in _samples_of_step(tagged, recipe, step)
-            ]
+            names = [sample.record.path.name for sample, _ in chosen]
             guard.check(sum(scalars.values()), step=step, images=names)
             if (step + 1) % steps_per_epoch == 0:
                 save_checkpoint(

@@ -103,6 +103,19 @@ def test_images_without_proposals_are_left_out_and_bad_proposals_too(samples):
         assert torch.nonzero(sample.tags).flatten().tolist() == list(sample.record.tags)
 
 
+def test_training_images_without_proposals_are_an_error_that_names_them(scenes):
+    folder = load_coco_folder(scenes / "train")
+    with pytest.raises(ValueError, match=rf"1 of 4 images .*{folder.records[3].path.name}; make"):
+        load_samples(
+            folder,
+            scenes / "proposals.json",
+            WsodTrunk("squeezenet"),
+            _RECIPE,
+            store=scenes / "none.bin",
+            needs_all=True,
+        )
+
+
 def test_the_file_holds_what_the_trunk_says_of_each_view(scenes):
     torch.manual_seed(0)
     folder, trunk = load_coco_folder(scenes / "train"), WsodTrunk("squeezenet")
