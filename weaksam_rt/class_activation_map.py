@@ -25,8 +25,8 @@ class PeakConfig:
     max_candidates: int = 25
     """Only so many of the highest window maxima are looked at."""
     distance: Literal["l1", "l2"] = "l1"
-    """Peaks keep apart: ``l1`` by (kernel_size - 1) // 2 city blocks, ``l2`` by more than
-    kernel_size / 2 pixels."""
+    """Peaks keep apart: ``l1``, as in the released code, by (kernel_size - 1) // 2 city blocks;
+    ``l2``, as in the paper, by more than kernel_size / 2 pixels."""
 
     def __post_init__(self) -> None:
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:

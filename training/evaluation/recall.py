@@ -73,7 +73,8 @@ def proposal_recall(
 
     Source:
         WeakSAM (arXiv:2402.14812) evaluates by such a greedy matching; differs from its released
-        script in continuous boxes (no added pixel) and in counting images without proposals.
+        script in continuous boxes (no added pixel), in counting images without proposals, and in
+        leaving crowds out, which VOC's difficult objects are here: the script counts those.
     """
     empty = np.zeros((0, 4), np.float32)
     counter = RecallCounter(iou_thresholds)

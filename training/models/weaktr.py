@@ -5,8 +5,8 @@ maps, which stand on the same tokens, are an option of the same network.
 
 Source:
     WeakTr (arXiv:2304.01184) as WeakSAM (arXiv:2402.14812) uses it; ``published_config`` is exactly
-    that. The gate of the attention maps (reduction, pooling), and which layers' attention gives
-    peaks, are options. MCTformer: arXiv:2203.02891.
+    that. The gate's reduction and pooling are options, since WeakTr's own differ; which layers'
+    attention gives peaks is ``attention_layers``. MCTformer: arXiv:2203.02891.
 """
 
 from collections.abc import Mapping

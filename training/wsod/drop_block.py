@@ -53,7 +53,8 @@ class ConcreteDropBlock(nn.Module):
         MIST (arXiv:2004.04725), section 3.3. Differs in what the frozen trunk asks for: the cells
         are those of the cached pooled map (5 x 5 inside the box), the network is a narrow residual
         block on them, and its adversarial step is taken together with the detector's (MIST takes a
-        second forward pass).
+        second forward pass). Its rate of 1e-4 is MIST's, falling like the detector's; WeakSAM's
+        release has 1e-5, times 3 at each step of its schedule.
     """
 
     def __init__(self, in_features: int, config: DropBlockConfig) -> None:

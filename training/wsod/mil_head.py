@@ -44,6 +44,11 @@ def image_loss(scores: Float[Tensor, "n c"], tags: Float[Tensor, " c"]) -> Float
     Args:
         scores: Of ``MilHead``; an image's score of a class is the sum over its RoIs.
         tags: 1 where the class is in the image, else 0.
+
+    Source:
+        WSDDN (arXiv:1511.02853), section 3, and OICR. MIST's released code, which WeakSAM uses,
+        takes the mean over the classes and background, whose target is 0; here background has no
+        score, and the sum weighs this loss C + 1 times as much beside the refinements.
     """
     of_image = scores.sum(dim=0).clamp(_MARGIN, 1 - _MARGIN)
     return functional.binary_cross_entropy(of_image, tags, reduction="sum")
