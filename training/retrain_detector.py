@@ -229,7 +229,7 @@ def train(
             negatives, recipe.model.image_size, store=stage.directory / _NEGATIVES_NAME
         )
     batches = Batches(images, recipe)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     optimizer = AdamW(parameter_groups(model, recipe), lr=recipe.learning_rate, fused=True)
     checkpoint = stage.directory / _CHECKPOINT_NAME
     done = 0
