@@ -1,4 +1,4 @@
-"""The whole chain by one command: ``python -m training.run --help``.
+"""The whole chain by one command: ``python -m training.run RECIPE ...``, see ``--help``.
 
 Every stage is a folder below ``--output``; finished stages are skipped, a killed one goes on. Only
 image-level tags are learnt from; boxes are read to report figures, and by ``--supervised``.
@@ -8,7 +8,7 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
@@ -16,9 +16,8 @@ from rich.logging import RichHandler
 
 from training import generate_pseudo_labels, retrain_detector, train_wsod
 from training.data.coco import load_coco_folder
-from training.data.results import read_detections
+from training.distributed import DeviceName, choose_device
 from training.engine.stage import read_manifest
-from training.evaluate import evaluate, summary
 from training.generate_proposals import (
     PROPOSALS_NAME,
     GenerateProposalsConfig,
@@ -33,14 +32,17 @@ from training.retraining.roi_drop import RoiDropConfig
 from training.train_classifier import WEIGHTS_NAME, TrainClassifierConfig, train_classifier
 from weaksam_rt.files import write_json
 
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = tyro.extras.literal_type_from_choices(RECIPES)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Train the whole chain on tagged images."""
 
-    recipe: Literal[
-        "scenes", "animals7", "demo", "folder", "aquarium", "voc07", "voc12", "coco14", "coco17"
-    ]
+    recipe: tyro.conf.Positional[RecipeName]
     """Settings of all stages; see ``training.recipes``."""
     data: Path
     """Training images: a folder with ``images/`` and ``instances.json``."""
@@ -83,6 +85,8 @@ class RunConfig:
     measure_drop: bool = False
     """Compare what RoI drop leaves out with the true boxes of ``data``; nothing is learnt from
     them."""
+    device: DeviceName = "auto"
+    """Where the models of all stages train and run."""
     num_threads: int = 2
     """CPU threads of torch."""
     classifier_workers: int = 0
@@ -101,9 +105,26 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
 
     Returns:
         The summary: the metrics of each stage.
+
+    Raises:
+        ValueError: See ``checked``.
     """
-    if not config.skip_bad:
-        check_tags(load_coco_folder(config.data))  # before the first stage takes its time
+    return _run(checked(config), recipe)
+
+
+def checked(config: RunConfig) -> RunConfig:
+    """``config`` with its device chosen, if the run can begin: asked before the first stage takes
+    its time.
+
+    Raises:
+        ValueError: There is no such device, or the data lack what an option needs.
+    """
+    config = replace(config, device=choose_device(config.device))
+    _check_data(config)
+    return config
+
+
+def _run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
     train_proposals, val_proposals = _proposals(config, recipe)
     wsod = config.output / "wsod"
     train_wsod.main(
@@ -115,6 +136,7 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
             val=config.val if config.val_proposals else None,
             val_proposals=val_proposals / PROPOSALS_NAME if config.val_proposals else None,
             recipe=recipe.wsod,
+            device=config.device,
             skip_bad=config.skip_bad,
         )
     )
@@ -128,7 +150,7 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
         "recipe": config.recipe,
         "seed": config.seed,
         "proposals_train": read_manifest(train_proposals)["metrics"],
-        "wsod_train": _score(config.data, wsod / train_wsod.DETECTIONS_NAME),
+        "wsod_train": read_manifest(wsod)["metrics"]["train_evaluation_only"],
         "pseudo_labels": [read_manifest(r.pseudo_labels)["metrics"] for r in rounds],
         "detectors": [read_manifest(r.detector)["metrics"]["val"] for r in rounds],
         "detector": read_manifest(rounds[-1].detector)["metrics"]["val"],
@@ -136,16 +158,29 @@ def run(config: RunConfig, recipe: ChainRecipe) -> dict[str, Any]:
     }
     if config.val_proposals:
         report["proposals_val"] = read_manifest(val_proposals)["metrics"]
-        report["wsod_val"] = _score(config.val, wsod / train_wsod.VAL_DETECTIONS_NAME)
+        report["wsod_val"] = read_manifest(wsod)["metrics"]["val"]
     if config.supervised:
         _retrain(config, _trusting(recipe), config.output / "supervised", annotations=None)
         report["supervised"] = read_manifest(config.output / "supervised")["metrics"]["val"]
-        ratio = report["detector"]["voc_ap50"] / max(report["supervised"]["voc_ap50"], 1e-9)
-        report["ap50_of_supervised"] = ratio
+        weak, bound = (report[name]["voc_ap50"] for name in ("detector", "supervised"))
+        report["ap50_of_supervised"] = None if bound is None else weak / max(bound, 1e-9)
     if config.masks:
         report |= _masks(config, recipe, rounds[-1].pseudo_labels)
     write_json(config.output / "summary.json", report)
     return report
+
+
+def _check_data(config: RunConfig) -> None:
+    folder = load_coco_folder(config.data)
+    if not config.skip_bad:
+        check_tags(folder)
+    unknown = sum(not record.has_known_boxes for record in folder.records)
+    for option in ("supervised", "measure_drop"):
+        if getattr(config, option) and unknown:
+            raise ValueError(
+                f"--{option.replace('_', '-')} needs the true boxes of the training images, and "
+                f"{unknown} of {len(folder.records)} of {config.data} have tags only; leave it out"
+            )
 
 
 def _masks(config: RunConfig, recipe: ChainRecipe, pseudo_labels: Path) -> dict[str, Any]:
@@ -158,6 +193,7 @@ def _masks(config: RunConfig, recipe: ChainRecipe, pseudo_labels: Path) -> dict[
             sam=config.sam,
             output=folder,
             recipe=recipe.pseudo_masks,
+            device=config.device,
             skip_bad=config.skip_bad,
             num_threads=config.num_threads,
         )
@@ -214,7 +250,13 @@ def _relabel(config: RunConfig, detector: Path, suffix: str) -> Path:
     output = config.output / f"relabel{suffix}"
     weights = detector / retrain_detector.WEIGHTS_NAME
     relabel(
-        RelabelConfig(data=config.data, detector=weights, output=output, skip_bad=config.skip_bad)
+        RelabelConfig(
+            data=config.data,
+            detector=weights,
+            output=output,
+            device=config.device,
+            skip_bad=config.skip_bad,
+        )
     )
     return output / retrain_detector.DETECTIONS_NAME
 
@@ -237,6 +279,7 @@ def _proposals(config: RunConfig, recipe: ChainRecipe) -> tuple[Path, Path]:
                 negatives=config.negatives,
                 weights=config.vit_weights,
                 recipe=recipe.classifier,
+                device=config.device,
                 num_threads=config.num_threads,
                 skip_bad=config.skip_bad,
                 num_workers=config.classifier_workers,
@@ -252,6 +295,7 @@ def _proposals(config: RunConfig, recipe: ChainRecipe) -> tuple[Path, Path]:
                 classifier=classifier / WEIGHTS_NAME,
                 sam=config.sam,
                 recipe=settings,
+                device=config.device,
                 num_workers=config.proposal_workers,
                 num_threads=config.num_threads,
                 skip_bad=config.skip_bad,
@@ -274,21 +318,21 @@ def _retrain(
             negatives=config.negatives,
             trunk_weights=config.trunk_weights,
             recipe=recipe.detector,
+            device=config.device,
             skip_bad=config.skip_bad,
         )
     )
-
-
-def _score(data: Path, detections: Path) -> dict[str, float | None]:
-    folder = load_coco_folder(data)
-    return summary(evaluate(folder, read_detections(detections, folder=folder)))
 
 
 def main(config: tyro.conf.OmitArgPrefixes[RunConfig]) -> None:
     """Run the chain and print the summary."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler()])
     recipe = RECIPES[config.recipe]().with_seed(config.seed)
-    Console().print_json(json.dumps(run(config, recipe)))
+    try:
+        config = checked(config)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    Console().print_json(json.dumps(_run(config, recipe)))
 
 
 if __name__ == "__main__":
