@@ -17,6 +17,7 @@ from tests.unit.training.tiny_recipe import tiny_recipe
 from training.convert_data import convert_coco, convert_voc
 from training.data.coco import load_coco_folder
 from training.data.voc import VOC_CLASSES, read_voc_annotation, read_voc_masks
+from training.engine.stage import read_manifest
 from training.generate_scenes import GenerateScenesConfig, generate_scenes
 from training.models.sam import build_sam, compact, save_sam
 from training.recipes import RECIPES
@@ -70,6 +71,8 @@ def _voc_tree(scenes, root, year, names):
             path = tree / "Annotations" / f"{name}.xml"
             _write_voc_xml(path, f"{name}.jpg", record.image_size, objects)
             listed.append(name)
+        if year == 2012 and split == "train":
+            listed.append(_add_untagged_voc(tree, names.format(99), record))
         lists = tree / "ImageSets" / "Main"
         lists.mkdir(parents=True, exist_ok=True)
         (lists / f"{target}.txt").write_text("\n".join(listed) + "\n")
@@ -95,8 +98,18 @@ def _add_voc_masks(tree, names, records):
     (tree / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(listed))
 
 
+def _add_untagged_voc(tree, name, record):
+    """An image with a difficult object alone."""
+    shutil.copy(record.path, tree / "JPEGImages" / f"{name}.jpg")
+    path = tree / "Annotations" / f"{name}.xml"
+    _write_voc_xml(path, f"{name}.jpg", record.image_size, [("cat", 1, 1, 30, 30, 1)])
+    return name
+
+
 def _coco_tree(scenes, root, year):
-    """Scenes as ``annotations/instances_{train,val}<year>.json`` with ids that leave gaps."""
+    """Scenes as ``annotations/instances_{train,val}<year>.json`` with ids that leave gaps, and a
+    training image without annotations.
+    """
     for split in ("train", "val"):
         content = json.loads((scenes / split / "instances.json").read_text())
         for category in content["categories"]:
@@ -106,8 +119,13 @@ def _coco_tree(scenes, root, year):
         content["info"] = {"year": year}
         for image in content["images"]:
             image.update(license=1, coco_url="http://images.example/1.jpg")
-        write_json(root / "annotations" / f"instances_{split}{year}.json", content)
         shutil.copytree(scenes / split / "images", root / f"{split}{year}")
+        if split == "train":
+            first = content["images"][0]
+            content["images"].append({**first, "id": 9999, "file_name": "empty.jpg"})
+            folder = root / f"{split}{year}"
+            shutil.copy(folder / first["file_name"], folder / "empty.jpg")
+        write_json(root / "annotations" / f"instances_{split}{year}.json", content)
     return root
 
 
@@ -284,18 +302,25 @@ def test_the_recipe_runs_from_the_true_layout_to_a_detector(name, scenes, tmp_pa
     torch.manual_seed(0)
     sizes = dataclasses.replace(compact(), image_size=64)
     save_sam(tmp_path / "sam.safetensors", build_sam(sizes), sizes)
-    report = run(
-        RunConfig(
-            recipe=name,
-            data=train,
-            val=val,
-            output=tmp_path / "run",
-            sam=tmp_path / "sam.safetensors",
-            trunk_weights=_TRUNK,
-            val_proposals=False,  # an untrained classifier sees every class, which takes minutes
-        ),
-        tiny_recipe(RECIPES[name]()),
+    config = RunConfig(
+        recipe=name,
+        data=train,
+        val=val,
+        output=tmp_path / "run",
+        sam=tmp_path / "sam.safetensors",
+        trunk_weights=_TRUNK,
+        val_proposals=False,  # an untrained classifier sees every class, which takes minutes
     )
+    recipe = tiny_recipe(RECIPES[name]())
+    if name != "voc07":  # the others have images without tags, and their commands say so
+        with pytest.raises(ValueError, match=r"1 of 5 images of .* have no tags"):
+            run(config, recipe)
+        config = dataclasses.replace(config, skip_bad=True)
+    assert config.skip_bad == ("--skip-bad" in RECIPES[name].__doc__)
+    report = run(config, recipe)
+    assert report["proposals_train"]["num_skipped"] == (name != "voc07")
+    skipped = read_manifest(tmp_path / "run" / "wsod")["metrics"]["skipped"]
+    assert len(skipped) == (name != "voc07")
     assert 0 <= report["detector"]["voc_ap50"] <= 1
     assert (tmp_path / "run" / "detector" / "report.html").is_file()
     assert (tmp_path / "run" / "wsod" / "detections" / "report.html").is_file()
