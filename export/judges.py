@@ -11,7 +11,7 @@ import numpy as np
 
 from export.exportable import Exportable
 from export.task_metrics import classifier_tag_ap, sam_mask_iou
-from training.data.coco import CocoFolder
+from training.data.coco import CocoFolder, ImageRecord
 from training.engine.stage import fingerprint
 from training.evaluation.voc_ap import voc_ap
 from weaksam_rt.artifacts import METRIC_NAMES, ModelArtifact, write_manifest
@@ -48,6 +48,10 @@ class Judge:
     models: tuple[str, ...]
     measure: Callable[[Engines, CocoFolder, PipelineConfig], Metrics]
     """The task metrics of the engines on a folder's images."""
+    truth: str
+    """What it compares answers with, in words."""
+    has_truth: Callable[[ImageRecord], bool]
+    """Whether an image has it."""
     settings: Callable[[PipelineConfig], dict[str, Any]] = lambda config: {}
     """Those of the pipeline on which the metrics depend."""
 
@@ -64,6 +68,15 @@ def judge_of(exportables: Sequence[Exportable]) -> Judge:
             return judge
     kinds = "; ".join(" with ".join(judge.models) for judge in JUDGES)
     raise ReleaseError(f"{sorted(models)} are not released together; a release takes {kinds}")
+
+
+def check_data(judge: Judge, folder: CocoFolder) -> None:
+    """Raise ``ValueError`` where ``folder`` has nothing to compare the engines' answers with."""
+    if not any(map(judge.has_truth, folder.records)):
+        raise ValueError(
+            f"no image of {folder.root} has {judge.truth}, so {' and '.join(judge.models)} cannot "
+            "be judged on it; give --data with images that have"
+        )
 
 
 def measured(judge: Judge, engines: Engines, folder: CocoFolder, config: PipelineConfig) -> Metrics:
@@ -191,12 +204,24 @@ JUDGES = (
     Judge(
         models=(DETECTOR,),
         measure=_detector_metrics,
+        truth="true boxes",
+        has_truth=lambda record: record.has_known_boxes and len(record.boxes) > 0,
         settings=lambda config: {
             "nms_thresh": config.detection.nms_thresh,
             "max_detections": config.detection.max_detections,
         },
     ),
-    Judge(models=(VIT_CLASSIFIER,), measure=_classifier_metrics),
-    Judge(models=(SAM_IMAGE_ENCODER, SAM_MASK_DECODER), measure=_sam_metrics),
+    Judge(
+        models=(VIT_CLASSIFIER,),
+        measure=_classifier_metrics,
+        truth="tags",
+        has_truth=lambda record: len(record.tags) > 0,
+    ),
+    Judge(
+        models=(SAM_IMAGE_ENCODER, SAM_MASK_DECODER),
+        measure=_sam_metrics,
+        truth="true masks",
+        has_truth=lambda record: record.has_masks,
+    ),
 )
 """What can be released, and what is released together: half a SAM has no answers of its own."""

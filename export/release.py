@@ -21,7 +21,7 @@ from export.engines.base import EngineBuildError
 from export.engines.build import build_engine_like, check_buildable, was_built
 from export.exportable import Exportable
 from export.half_weights import round_weights_
-from export.judges import Metrics, in_words, judge_of, losses, measured, with_metrics
+from export.judges import Metrics, check_data, in_words, judge_of, losses, measured, with_metrics
 from export.probes import calls_of, check_engine_answers, make_probes, watch_answers
 from export.refit import RefitError, refit_onnx
 from training.data.coco import CocoFolder
@@ -292,9 +292,11 @@ def release(
         ParityError: An engine's answers are not PyTorch's.
         ArtifactError: The repository does not serve the model.
         BackendUnavailableError: This machine cannot build an engine like the live one.
-        ValueError: The live engine is quantised, and ``calibration`` is missing or ``folder``.
+        ValueError: ``folder`` has nothing to judge by, or the live engine is quantised and
+            ``calibration`` is missing or ``folder``.
     """
     rules, judge = rules or ReleaseRules(), judge_of(exportables)
+    check_data(judge, folder)
     engines = live_engines(repository, judge.models)
     live = {model: engines.pop(model) for model in judge.models}
     check_calibration(live, folder, calibration)

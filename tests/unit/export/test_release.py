@@ -11,7 +11,15 @@ from export.calibration import calibrated
 from export.engines.base import EngineConfig
 from export.engines.build import build_config, build_engine
 from export.engines.compare import ENGINE_LIMITS
-from export.judges import JUDGES, ap50_of_engine, judge_of, losses, measured, with_metrics
+from export.judges import (
+    JUDGES,
+    ap50_of_engine,
+    check_data,
+    judge_of,
+    losses,
+    measured,
+    with_metrics,
+)
 from export.mixed_precision import KeepFp32
 from export.probes import Answer, answer_difference, calls_of, check_engine_answers, make_probes
 from export.refit import RefitError
@@ -202,6 +210,25 @@ def test_a_classifier_is_measured_by_its_tags(all_tiny, folder):
     judges = {judge.models: judge for judge in JUDGES}
     tags = judges[VIT_CLASSIFIER,].measure(all_tiny, folder, PipelineConfig())
     assert tags == {"tag_ap": pytest.approx(1.0)}
+
+
+@pytest.mark.parametrize(
+    ("models", "record", "truth"),
+    [
+        ((DETECTOR,), {"given_tags": (0,), "boxes": np.zeros((0, 4), np.float32)}, "true boxes"),
+        ((DETECTOR,), {"boxes": np.zeros((0, 4), np.float32)}, "true boxes"),
+        ((VIT_CLASSIFIER,), {"given_tags": ()}, "tags"),
+        ((SAM_IMAGE_ENCODER, SAM_MASK_DECODER), {"segmentations": ()}, "true masks"),
+    ],
+)
+def test_data_that_nothing_can_be_judged_by_are_refused(folder, models, record, truth):
+    judge = next(judge for judge in JUDGES if judge.models == models)
+    nothing = replace(folder, records=tuple(replace(r, **record) for r in folder.records))
+    with pytest.raises(ValueError, match=f"no image of .* has {truth}, so .* cannot be judged"):
+        check_data(judge, nothing)
+    one_left = replace(nothing, records=(*nothing.records, folder.records[0]))
+    if truth != "true masks":  # these scenes have none
+        check_data(judge, one_left)
 
 
 def test_half_a_sam_and_mixtures_are_not_released():
