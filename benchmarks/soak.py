@@ -1,12 +1,11 @@
 """Hours of open-loop load: does the server's memory grow, does a request fail?
 
 ``python -m benchmarks soak assets/demo_models --minutes 60`` offers a share of what the server can
-do, reads the resident memory of the server and all its children, and fits a robust line through
-the second half. Ends with 1 if the line rises beyond its noise or a request failed.
+do, reads the memory that the server and all its children hold, and fits a robust line through the
+second half. Ends with 1 if the line rises beyond its noise or a request failed.
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable
 from dataclasses import asdict, dataclass
@@ -36,6 +35,8 @@ from weaksam_rt.model_repository import ExportedModels, load_exported_models
 
 _MOST_POINTS = 600
 """Of the memory curve in the result."""
+
+_HELD = {"Pss_Anon:", "Pss_Shmem:", "SwapPss:"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,15 +109,24 @@ def memory_grew(soaked: Soaked, config: SoakConfig) -> bool:
     return soaked.trend_mib_an_hour.low > config.allowed_mib_an_hour
 
 
-def resident_mib(process: psutil.Process) -> float:
-    """Memory of a process and everything that it started; pages that they share count once."""
-    total = 0
-    for one in (process, *process.children(recursive=True)):
-        with contextlib.suppress(OSError):  # it may end while it is looked at
-            lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
-            (line,) = (line for line in lines if line.startswith("Pss:"))
-            total += int(line.split()[1])
-    return total / 1024
+def held_mib(process: psutil.Process) -> float:
+    """Memory that a process and everything that it started hold: anonymous and shared pages, in
+    memory or swapped out, those that they share counted once.
+
+    Pages of files are left out. The kernel drops and reads them as it likes, and counts a library
+    that other programs have open too to each of them in part, so that they come and go with what
+    else the machine does.
+    """
+    return sum(map(_held_kib, (process, *process.children(recursive=True)))) / 1024
+
+
+def _held_kib(process: psutil.Process) -> int:
+    try:
+        text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+    except OSError:  # it may end while it is looked at
+        return 0
+    rows = (line.split() for line in text.splitlines())
+    return sum(int(row[1]) for row in rows if row[0] in _HELD)
 
 
 async def _soak(
@@ -147,7 +157,7 @@ async def _watched(
     async def watch() -> None:
         while True:
             times.append(time.perf_counter() - start)
-            memory.append(await asyncio.to_thread(resident_mib, process))
+            memory.append(await asyncio.to_thread(held_mib, process))
             await asyncio.sleep(config.interval_s)
 
     watcher = asyncio.create_task(watch())
@@ -163,7 +173,7 @@ def _result(recorder: Recorder, soaked: Soaked, config: SoakConfig) -> Benchmark
     every = max(1, len(soaked.times_s) // _MOST_POINTS)
     points = zip(soaked.times_s[::every], soaked.memory_mib[::every], strict=True)
     curve = Series(
-        plot="Resident memory",
+        plot="Memory held",
         name="server and its children",
         x_label="minutes",
         y_label="MiB",
