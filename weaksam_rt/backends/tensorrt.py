@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from weaksam_rt.artifacts import ModelArtifact, refusal_here
 from weaksam_rt.backends.base import Arrays
 from weaksam_rt.contracts import ModelContract, TensorSpec
-from weaksam_rt.cuda_driver import CudaDevice, DeviceArena, aligned_offsets
+from weaksam_rt.cuda_driver import CudaDevice, DeviceArena, PinnedBlock, aligned_offsets
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError, InferenceError
 
 ShapeRanges = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -187,6 +187,7 @@ class TensorRtModel:
         self._gpu = gpu
         self._lock = threading.Lock()
         self._arena, self._scratch = DeviceArena(gpu), DeviceArena(gpu)
+        self._pinned = PinnedBlock(gpu)
         log, self._complaints = collecting_logger(trt)
         with gpu.current():
             self._runtime = trt.Runtime(log)
@@ -234,10 +235,26 @@ class TensorRtModel:
             self._gpu.copy_in(addresses[name], array)
         if not context.execute_async_v3(self._gpu.stream.value):
             raise self._failed("the engine did not run")
-        for spec in wanted:
-            self._gpu.copy_out(results[spec.name], addresses[spec.name])
+        return self._read({spec.name: results[spec.name] for spec in wanted}, addresses)
+
+    def _read(
+        self, results: dict[str, NDArray[Any]], addresses: Mapping[str, int]
+    ) -> dict[str, NDArray[Any]]:
+        """Fill ``results`` from the GPU, through memory that it writes to by itself: a copy to
+        any other would make the host wait for each.
+        """
+        offsets, total = aligned_offsets([array.nbytes for array in results.values()])
+        staging = self._pinned.reserve(total)
+        parts = [
+            staging[offset : offset + array.nbytes]
+            for offset, array in zip(offsets, results.values(), strict=True)
+        ]
+        for name, part in zip(results, parts, strict=True):
+            self._gpu.copy_out(part, addresses[name])
         self._gpu.synchronize()
-        return {spec.name: results[spec.name] for spec in wanted}
+        for array, part in zip(results.values(), parts, strict=True):
+            array[...] = part.view(array.dtype).reshape(array.shape)
+        return results
 
     def _place(self, arrays: Arrays, context: Any) -> dict[str, int]:
         """Tell the context where each tensor lies; all lie in one allocation."""
