@@ -44,7 +44,7 @@ snapshot: $(DEV)/.ready  ## Write triton_models/ anew from the models in assets/
 kernels: $(DEV)/.ready  ## Compile the prompt kernels for every GPU architecture into the package
 	$(DEV)/bin/python -m weaksam_rt.prompt_clustering.build
 
-bench: $(DEV)/.ready  ## A short form of every benchmark; results in out/bench
+bench: $(DEV)/.ready  ## Short forms of the benchmarks that need no data of your own; results in out/bench
 	$(DEV)/bin/python -m benchmarks serving assets/demo_models --concurrency 1 4 8 --loads 0.5 0.8 --repeats 2 --seconds 2 --slo-steps 3 --output out/bench/serving
 	$(DEV)/bin/python -m benchmarks engines assets/demo_models --repeats 2 --requests 10 --seconds 2 --output out/bench/engines
 	$(DEV)/bin/python -m benchmarks explain assets/demo_models --pipeline detect --output out/bench/explain_detect
