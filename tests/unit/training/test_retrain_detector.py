@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -57,21 +58,26 @@ def _losses(directory):
     ]
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, with_masks()], ids=["boxes", "masks"])
-def test_a_killed_run_ends_where_the_undisturbed_one_does(scenes, tmp_path, monkeypatch, recipe):
-    folder = load_coco_folder(scenes / "train")
-    undisturbed = train(open_detector_stage(tmp_path / "a"), folder, recipe, _start(folder, recipe))
+@contextmanager
+def _killed_in_step_3(monkeypatch):
     real_step = stage_module.train_step
 
-    def _killed_in_step_3(model, optimizer, batch, recipe, step, num_steps):
+    def step_or_end(model, optimizer, batch, recipe, step, num_steps):
         if step == 3:
             raise KeyboardInterrupt
         return real_step(model, optimizer, batch, recipe, step, num_steps)
 
-    monkeypatch.setattr(stage_module, "train_step", _killed_in_step_3)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(stage_module, "train_step", step_or_end)
+        yield
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, with_masks()], ids=["boxes", "masks"])
+def test_a_killed_run_ends_where_the_undisturbed_one_does(scenes, tmp_path, monkeypatch, recipe):
+    folder = load_coco_folder(scenes / "train")
+    undisturbed = train(open_detector_stage(tmp_path / "a"), folder, recipe, _start(folder, recipe))
+    with _killed_in_step_3(monkeypatch):
         train(open_detector_stage(tmp_path / "b"), folder, recipe, _start(folder, recipe))
-    monkeypatch.undo()
     resumed = train(open_detector_stage(tmp_path / "b"), folder, recipe, _start(folder, recipe))
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
@@ -335,17 +341,8 @@ def test_a_run_begun_on_a_gpu_resumes_there_as_if_undisturbed_and_ends_on_the_cp
 ):
     folder, gpu = load_coco_folder(scenes / "train"), torch.device("cuda")
     train(open_detector_stage(tmp_path / "a"), folder, RECIPE, _start(folder), device=gpu)
-    real_step = stage_module.train_step
-
-    def _killed_in_step_3(model, optimizer, batch, recipe, step, num_steps):
-        if step == 3:
-            raise KeyboardInterrupt
-        return real_step(model, optimizer, batch, recipe, step, num_steps)
-
-    monkeypatch.setattr(stage_module, "train_step", _killed_in_step_3)
-    with pytest.raises(KeyboardInterrupt):
+    with _killed_in_step_3(monkeypatch):
         train(open_detector_stage(tmp_path / "b"), folder, RECIPE, _start(folder), device=gpu)
-    monkeypatch.undo()
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     train(open_detector_stage(tmp_path / "b"), folder, RECIPE, _start(folder), device=gpu)
     # Sums on a GPU have no fixed order; other RoIs would give other losses.
