@@ -157,7 +157,7 @@ def aquarium() -> ChainRecipe:
         --supervised --skip-bad``; one training image shows nothing and has no tags, so it is left
         out.
     Hardware and time:
-        2 CPU cores, shared with other work: 36 minutes for the proposals (``--proposal-workers 2``),
+        2 CPU cores, shared: 36 minutes for the proposals (``--proposal-workers 2``),
         3 for the first detector, 9 for the last and 17 for it on true boxes, one thread each.
     Expected score:
         Ours, three seeds of what follows the proposals
