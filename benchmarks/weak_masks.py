@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.weak_masks --data VAL --detector MASK_RCNN --sam SAM --pseudo-masks STAGE
 --name NAME`` writes ``benchmarks/results/weak_masks_NAME.md`` and ``.json``. Rows have the boxes
-of their detector; filled boxes show what masks are worth at all.
+of their detector; filled boxes show what masks are worth at all. Of a detector without a mask head
+there are SAM's masks, as ``weaksam_detect`` gives them, and no pseudo masks.
 """
 
 import asyncio
@@ -47,15 +48,15 @@ class WeakMasksConfig:
     data: Path
     """Validation folder with true masks."""
     detector: Path
-    """``detector.safetensors`` with a mask head, trained on pseudo masks."""
+    """``detector.safetensors``; with a mask head trained on pseudo masks, or without."""
     sam: Path
     """The SAM that made the pseudo masks."""
-    pseudo_masks: Path
-    """Finished stage ``training.generate_pseudo_masks``, for its figures."""
     name: str
     """Names the result files."""
+    pseudo_masks: Path | None = None
+    """Finished stage ``training.generate_pseudo_masks``, for its figures."""
     bound: Path | None = None
-    """The same detector trained on true masks."""
+    """The same detector trained on true masks, or on true boxes where it has no masks."""
     max_images: int | None = None
     """Images, spread evenly over the set; all where not given."""
     score_thresh: float = 0.01
@@ -70,25 +71,29 @@ def main(config: Annotated[WeakMasksConfig, tyro.conf.arg(name="")]) -> None:
     torch.set_num_threads(config.num_threads)
     folder = _spread(load_coco_folder(config.data), config.max_images)
     found = _detect(config.detector, folder, config)
-    rows = {
-        "Mask R-CNN on pseudo masks": found,
+    rows = {"Mask R-CNN on pseudo masks": found} if _has_masks(found) else {}
+    rows |= {
         "its boxes, SAM's masks": _prompted(folder, found, config.sam),
         "its boxes, filled": {
             i: replace(d, masks=filled_boxes(d.boxes, d.image_size)) for i, d in found.items()
         },
     }
     if config.bound is not None:
-        rows["Mask R-CNN on true masks"] = _detect(config.bound, folder, config)
+        bound = _detect(config.bound, folder, config)
+        if _has_masks(bound):
+            rows["Mask R-CNN on true masks"] = bound
+        else:
+            rows["Faster R-CNN on true boxes, SAM's masks"] = _prompted(folder, bound, config.sam)
     scores = {name: summary(evaluate(folder, detections)) for name, detections in rows.items()}
     _write(config, folder, scores)
 
 
 def _detect(weights: Path, folder: CocoFolder, config: WeakMasksConfig) -> Mapping[int, Detections]:
     model, class_names = load_detector(weights)
-    if model.mask_head is None or class_names != folder.class_names:
+    if class_names != folder.class_names:
         raise ValueError(
-            f"{weights} has no mask head or other classes ({list(class_names)}); train it with "
-            "--recipe.model.mask-channels on this data"
+            f"{weights} knows {list(class_names)}, the data have {list(folder.class_names)}; give "
+            "a detector trained on this data"
         )
     settings = DetectionConfig(score_thresh=config.score_thresh, nms_thresh=0.5)
     return detect_folder(
@@ -97,6 +102,10 @@ def _detect(weights: Path, folder: CocoFolder, config: WeakMasksConfig) -> Mappi
         image_size=model.config.image_size,
         config=settings,
     )
+
+
+def _has_masks(found: Mapping[int, Detections]) -> bool:
+    return all(detections.masks is not None for detections in found.values())
 
 
 def _prompted(
@@ -127,8 +136,7 @@ def _spread(folder: CocoFolder, max_images: int | None) -> CocoFolder:
 def _write(
     config: WeakMasksConfig, folder: CocoFolder, scores: Mapping[str, Mapping[str, float | None]]
 ) -> None:
-    pseudo = read_manifest(config.pseudo_masks)["metrics"]
-    measured = pseudo["evaluation_only"] or {}
+    pseudo = None if config.pseudo_masks is None else read_manifest(config.pseudo_masks)["metrics"]
     header = " | ".join(name.removeprefix("mask_").replace("_", " ") for name in _COLUMNS[:-1])
     lines = [
         f"# Instance masks from tags: {config.name}", "",
@@ -139,11 +147,7 @@ def _write(
         *(
             f"| {name} | {' | '.join(_percent(row[column]) for column in _COLUMNS)} |"
             for name, row in scores.items()
-        ), "",
-        f"Pseudo masks learnt from: {pseudo['num_masks']}, {pseudo['num_empty']} empty. Where the "
-        f"pseudo box lies on an object ({measured.get('num_matched', '-')}): mean IoU with its "
-        f"true mask {_percent(measured.get('mean_iou'))}; the filled box "
-        f"{_percent(measured.get('mean_iou_of_filled_boxes'))}.", "",
+        ), "", *_pseudo_lines(pseudo),
     ]  # fmt: skip
     path = _RESULTS / f"weak_masks_{config.name}.md"
     with atomic_path(path) as temporary:
@@ -151,6 +155,19 @@ def _write(
     content = {"command": _command(), "num_images": len(folder.records), "scores": scores}
     write_json(path.with_suffix(".json"), {**content, "pseudo_masks": pseudo})
     _LOGGER.info("%s", "\n".join(lines))
+
+
+def _pseudo_lines(pseudo: Mapping[str, Any] | None) -> list[str]:
+    if pseudo is None:
+        return []
+    measured = pseudo["evaluation_only"] or {}
+    return [
+        f"Pseudo masks learnt from: {pseudo['num_masks']}, {pseudo['num_empty']} empty. Where the "
+        f"pseudo box lies on an object ({measured.get('num_matched', '-')}): mean IoU with its "
+        f"true mask {_percent(measured.get('mean_iou'))}; the filled box "
+        f"{_percent(measured.get('mean_iou_of_filled_boxes'))}.",
+        "",
+    ]
 
 
 def _training(detector: Path) -> str:
