@@ -5,6 +5,7 @@ on the one stream; only ``synchronize`` waits.
 """
 
 import ctypes
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -176,6 +177,25 @@ def aligned_offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
     """Where arrays of these bytes lie one after the other, and the bytes of all."""
     ends = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)])
     return [int(end) for end in ends[:-1]], int(ends[-1])
+
+
+def current_gpu() -> int:
+    """Number of the GPU whose context is the calling thread's.
+
+    Raises:
+        BackendUnavailableError: There is no driver, or no such context.
+    """
+    driver = open_driver()
+    current, handle = ctypes.c_int(), ctypes.c_int()
+    status = driver.cuCtxGetDevice(ctypes.byref(current))
+    if status != 0:
+        raise BackendUnavailableError(f"no GPU is current: CUDA error {status}")
+    for ordinal in itertools.count():
+        if driver.cuDeviceGet(ctypes.byref(handle), ordinal) != 0:
+            break
+        if handle.value == current.value:
+            return ordinal
+    raise BackendUnavailableError(f"CUDA device {current.value} is not among the visible ones")
 
 
 def open_driver() -> ctypes.CDLL:

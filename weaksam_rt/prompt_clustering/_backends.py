@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from functools import cache
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from weaksam_rt.prompt_clustering.batch import EncodedMasks, MapBatch, MaskSumma
 from weaksam_rt.prompt_clustering.config import BackendName, ClusteringConfig
 from weaksam_rt.prompt_clustering.device_arrays import AnyArray, host_array
 from weaksam_rt.types import PointPrompts
+
+if TYPE_CHECKING:
+    from weaksam_rt.prompt_clustering._cuda import CudaExecutor
 
 _GUESSED_RUNS_OF_COLUMN = 4
 """Enough for a column that crosses a mask twice."""
@@ -267,7 +270,12 @@ def prompt_backend(name: BackendName, device: int = 0) -> PromptBackend:
 
 
 @cache
-def _executor(device: int) -> _plan.Executor:
+def kernel_executor(device: int) -> "CudaExecutor":
+    """What runs kernels on this GPU; made once.
+
+    Raises:
+        BackendUnavailableError: They cannot run there.
+    """
     # Imported late: it looks for a driver.
     from weaksam_rt.prompt_clustering._cuda import CudaExecutor
 
@@ -278,13 +286,13 @@ def _executor(device: int) -> _plan.Executor:
 
 @cache
 def _cuda_backend(device: int) -> PromptBackend:
-    return KernelBackend(_executor(device))
+    return KernelBackend(kernel_executor(device))
 
 
 @cache
 def _auto_backend(device: int) -> PromptBackend:
     try:
-        return KernelBackend(_executor(device), fallback=_REFERENCE)
+        return KernelBackend(kernel_executor(device), fallback=_REFERENCE)
     except BackendUnavailableError as error:
         _LOGGER.info("prompt clustering: backend reference, since %s", error)
         return _REFERENCE

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from weaksam_rt.cuda_driver import CudaDevice, DeviceArena, PinnedBlock, aligned_offsets
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError
 from weaksam_rt.prompt_clustering._nvrtc import kernel_cubin
-from weaksam_rt.prompt_clustering._plan import Argument, Buffer, Launch, Plan
+from weaksam_rt.prompt_clustering._plan import Argument, Buffer, Launch, Plan, Program
 from weaksam_rt.prompt_clustering._prebuilt import prebuilt_kernels
 from weaksam_rt.prompt_clustering.device_arrays import AnyArray, DeviceArray, JoinedArrays
 
@@ -183,7 +183,29 @@ class CudaExecutor:
         """Wait for everything launched."""
         self._gpu.synchronize()
 
-    def _prepare(self, launch: Launch, addresses: Mapping[str, int]) -> "_PreparedLaunch":
+    def resident(self, arrays: Mapping[str, NDArray[Any]]) -> "ResidentArrays":
+        """Copies of the arrays on the GPU, which are there when this returns."""
+        with self._lock, self._gpu.current():
+            return ResidentArrays(self._gpu, arrays)
+
+    def enqueued(
+        self, program: Program, addresses: Mapping[str, int], stream: int
+    ) -> "EnqueuedProgram":
+        """A program for memory and a stream that someone else owns; nothing runs yet.
+
+        Args:
+            program: What is launched.
+            addresses: Where every array of it lies.
+            stream: CUDA's handle.
+        """
+        with self._lock, self._gpu.current():
+            handle = ctypes.c_void_p(stream)
+            launches = [self._prepare(launch, addresses, handle) for launch in program.launches]
+        return EnqueuedProgram(self._gpu, launches)
+
+    def _prepare(
+        self, launch: Launch, addresses: Mapping[str, int], stream: ctypes.c_void_p
+    ) -> "_PreparedLaunch":
         function = self._function(launch.kernel)
         if launch.shared_bytes > self._shared_bytes.get(launch.kernel, _SURE_SHARED_BYTES):
             # Never less than before: programs that were prepared then may run again.
@@ -194,7 +216,7 @@ class CudaExecutor:
         values = tuple(_as_ctypes(argument, addresses) for argument in launch.arguments)
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
         sizes = (*launch.grid, 1, launch.threads, 1, 1, launch.shared_bytes)
-        arguments = (function, *map(ctypes.c_uint, sizes), self._stream, pointers, None)
+        arguments = (function, *map(ctypes.c_uint, sizes), stream, pointers, None)
         return _PreparedLaunch(arguments=arguments, values=values)
 
     def _function(self, name: str) -> ctypes.c_void_p:
@@ -253,7 +275,8 @@ class _PlacedProgram:
         lent = {n: a.address for n, a in plan.inputs.items() if isinstance(a, DeviceArray)}
         self._executor = executor
         self._launches = [
-            executor._prepare(launch, self.addresses | lent) for launch in plan.program.launches
+            executor._prepare(launch, self.addresses | lent, executor._stream)
+            for launch in plan.program.launches
         ]
         self._graph: ctypes.c_void_p | None = None
         self._has_run = False
@@ -302,6 +325,34 @@ class _PlacedProgram:
         finally:
             call("cuGraphDestroy", graph)
         return executable
+
+
+class EnqueuedProgram:
+    """A program in memory and on a stream that someone else owns. Made by ``CudaExecutor``."""
+
+    def __init__(self, gpu: CudaDevice, launches: Sequence[_PreparedLaunch]) -> None:
+        """Keep the launches."""
+        self._gpu, self._launches = gpu, launches
+
+    def launch(self) -> None:
+        """Put all launches on the stream; returns before they have run. May be captured."""
+        with self._gpu.current():
+            for prepared in self._launches:
+                self._gpu.call("cuLaunchKernel", *prepared.arguments)
+
+
+class ResidentArrays:
+    """Arrays that stay on the GPU. Made by ``CudaExecutor``."""
+
+    def __init__(self, gpu: CudaDevice, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Copy them, and wait until they are there."""
+        offsets, total = aligned_offsets([array.nbytes for array in arrays.values()])
+        self._arena = DeviceArena(gpu)
+        base = self._arena.reserve(total)
+        self.addresses = {n: base + offset for n, offset in zip(arrays, offsets, strict=True)}
+        for name, array in arrays.items():
+            gpu.copy_in(self.addresses[name], np.ascontiguousarray(array))
+        gpu.synchronize()
 
 
 class LoadedPlan:

@@ -21,7 +21,7 @@ const Entry entries[] = {
     KERNEL(axis_tables),   KERNEL(find_peaks),   KERNEL(cluster_peaks), KERNEL(choose_clusters),
     KERNEL(count_prompts), KERNEL(pack_prompts), KERNEL(nms_order),     KERNEL(nms_conflicts),
     KERNEL(nms_select),    KERNEL(summarize_masks), KERNEL(pack_masks),    KERNEL(count_runs),
-    KERNEL(write_runs),
+    KERNEL(write_runs),    KERNEL(describe_image), KERNEL(count_outputs),
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
 // All kernels as one translation unit: what NVRTC, nvcc and g++ compile.
+#include "engine_image.cuh"
 #include "mask_encoding.cuh"
 #include "masks.cuh"
 #include "nms.cuh"

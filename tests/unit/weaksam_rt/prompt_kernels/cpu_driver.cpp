@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int success = 0, invalid_value = 1, out_of_memory = 2, invalid_device = 101,
-              invalid_image = 200, not_found = 500;
+              invalid_image = 200, invalid_context = 201, not_found = 500;
 constexpr std::size_t memory_bytes = std::size_t{1} << 30;
 
 struct RecordedLaunch {
@@ -19,7 +19,9 @@ struct RecordedLaunch {
 };
 using Graph = std::vector<RecordedLaunch>;
 
-int context, stream_of_driver, module_of_driver;
+int context, module_of_driver;
+char streams[64];  // their addresses are the handles
+int num_streams = 0;
 int num_contexts = 0;
 bool is_capturing = false;
 Graph captured;
@@ -37,7 +39,9 @@ bool is_allocated(std::uintptr_t address, std::size_t bytes) {
     return lies_in(allocations, address, bytes);
 }
 
-bool is_ours(const void* stream) { return stream == &stream_of_driver; }
+bool is_ours(const void* stream) {
+    return stream >= streams && stream < streams + num_streams;
+}
 
 int run(const RecordedLaunch& launch) {
     return launch_kernel(launch.name, launch.grid_x, launch.grid_y, launch.block_x,
@@ -90,6 +94,11 @@ int cuCtxPopCurrent_v2(void** popped) {
     return --num_contexts >= 0 ? success : invalid_value;
 }
 
+int cuCtxGetDevice(int* device) {
+    *device = 40;
+    return num_contexts > 0 ? success : invalid_context;
+}
+
 int cuModuleLoadData(void** module, const void* image) {
     const char* bytes = static_cast<const char*>(image);
     const bool is_elf = std::memcmp(bytes, "\x7f" "ELF", 4) == 0;
@@ -114,7 +123,8 @@ int cuFuncSetAttribute(void*, int attribute, int bytes) {
 }
 
 int cuStreamCreate(void** stream, unsigned int flags) {
-    *stream = &stream_of_driver;
+    *stream = &streams[num_streams];
+    num_streams = std::min(num_streams + 1, static_cast<int>(sizeof streams) - 1);
     return flags == 1 ? success : invalid_value;
 }
 

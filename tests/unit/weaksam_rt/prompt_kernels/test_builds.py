@@ -20,7 +20,7 @@ from weaksam_rt.prompt_clustering._cuda import kernel_codes
 _KERNELS = {
     "axis_tables", "find_peaks", "cluster_peaks", "choose_clusters", "count_prompts",
     "pack_prompts", "summarize_masks", "pack_masks", "count_runs", "write_runs", "nms_order",
-    "nms_conflicts", "nms_select",
+    "nms_conflicts", "nms_select", "describe_image", "count_outputs",
 }  # fmt: skip
 _ROOT = Path(__file__).parents[4]
 _SANITIZED_CASES = 40
@@ -32,7 +32,10 @@ from tests.unit.weaksam_rt.prompt_kernels.cases import random_batch, random_conf
 from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import CpuExecutor
 from weaksam_rt.preprocessing import longest_side_frame
 from weaksam_rt.prompt_clustering._backends import KernelBackend
-from weaksam_rt.prompt_clustering._plan import plan_nms
+from weaksam_rt.prompt_clustering._engine_plan import (
+    EngineMaps, EnginePromptConfig, plan_engine_prompts,
+)
+from weaksam_rt.prompt_clustering._plan import Plan, plan_nms
 
 for seed in range(int(sys.argv[2])):
     rng = np.random.default_rng(seed)
@@ -49,6 +52,15 @@ for seed in range(int(sys.argv[2])):
     scores = rng.random(70, dtype=np.float32)
     backend.class_nms(boxes, scores, labels, 0.3)
     executor.run(plan_nms(boxes, scores, labels, 0.3, conflict_bytes=500))
+    maps = EngineMaps(num_passes=2, num_maps=6, num_classes=2, height=5, width=4)
+    config = EnginePromptConfig(num_classes=4, model_size=64, clustering=random_config(rng))
+    plan = plan_engine_prompts(maps, config)
+    image = {
+        "maps": rng.random((2, 6, 5, 4), dtype=np.float32),
+        "tag_ids": rng.integers(-1, 5, 2).astype(np.int32),
+        "image_size": rng.integers(0, 30, 2).astype(np.int32),
+    }
+    executor.run(Plan(program=plan.program, inputs={**plan.inputs, **image}))
 print("ran", sys.argv[2])
 """
 

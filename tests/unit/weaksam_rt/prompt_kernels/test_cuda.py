@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from tests.unit.weaksam_rt.prompt_kernels.cases import random_batch, random_config
-from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import build_cpu_driver
-from weaksam_rt import cuda_driver
 from weaksam_rt.errors import BackendUnavailableError, InferenceError
 from weaksam_rt.pipeline import masks_of_image
 from weaksam_rt.preprocessing import longest_side_frame
@@ -40,18 +38,6 @@ from weaksam_rt.prompt_clustering._plan import (
 
 _CUDA = ClusteringConfig(backend="cuda")
 _REFERENCE = ClusteringConfig()
-
-
-@pytest.fixture(scope="session")
-def cpu_driver(tmp_path_factory):
-    return build_cpu_driver(tmp_path_factory.mktemp("driver"), "-O2")
-
-
-@pytest.fixture
-def stand_in(cpu_driver, monkeypatch, fresh_backends):
-    """The driver's stand-in, in place of the driver."""
-    monkeypatch.setattr(cuda_driver, "open_driver", lambda: cpu_driver)
-    return cpu_driver
 
 
 @pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
