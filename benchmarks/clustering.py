@@ -22,8 +22,7 @@ from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 from weaksam_rt.class_activation_map import CROSS_PEAKS
 from weaksam_rt.files import atomic_path
 from weaksam_rt.images import decode_image
-from weaksam_rt.pipeline import sum_over_flip
-from weaksam_rt.preprocessing import resize_to_square
+from weaksam_rt.preprocessing import resize_to_square, sum_over_flip
 from weaksam_rt.prompt_clustering import cluster_prompts
 from weaksam_rt.prompt_clustering._low_res_peaks import low_res_peaks
 from weaksam_rt.prompt_clustering._reference import _farthest_seeds

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from export.accept import accept_onnx
-from export.engine_commands import doctor, engines
+from export.engine_commands import doctor, engines, prompted_classifier
 from export.exportable import (
     Exportable,
     chosen_exportables,
@@ -255,7 +255,17 @@ def _control(url: str, root_certificates: Path | None) -> ModelControl:
     return ModelControl(url, ClientConfig(tls=tls))
 
 
-_COMMANDS = (models, engines, doctor, repository, snapshot, release, rollback, passport)
+_COMMANDS = (
+    models,
+    engines,
+    prompted_classifier,
+    doctor,
+    repository,
+    snapshot,
+    release,
+    rollback,
+    passport,
+)
 
 
 def main() -> None:

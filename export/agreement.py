@@ -90,12 +90,25 @@ def prompt_agreement(expected: Answer, got: Answer, config: PipelineConfig | Non
         config: Of the pipeline; None: the defaults.
     """
     settings = config or PipelineConfig()
-    common = total = 0
-    for image in range(len(expected["logits"])):
-        both = [_prompts(answer, image, settings) for answer in (expected, got)]
-        total += len(both[0]) + len(both[1])
-        common += _num_found(both[0], both[1]) + _num_found(both[1], both[0])
+    pairs = [
+        (_prompts(expected, image, settings), _prompts(got, image, settings))
+        for image in range(len(expected["logits"]))
+    ]
+    total = sum(len(first) + len(second) for first, second in pairs)
+    common = sum(_num_common(first, second) for first, second in pairs)
     return common / total if total else 1.0
+
+
+def common_share(first: PointPrompts, second: PointPrompts) -> float:
+    """Share of two images' prompts, in [0, 1], that they have in common, as in
+    ``prompt_agreement``.
+    """
+    total = len(first) + len(second)
+    return _num_common(first, second) / total if total else 1.0
+
+
+def _num_common(first: PointPrompts, second: PointPrompts) -> int:
+    return _num_found(first, second) + _num_found(second, first)
 
 
 def _prompts(answer: Answer, image: int, config: PipelineConfig) -> PointPrompts:

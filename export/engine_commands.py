@@ -12,6 +12,7 @@ from export.doctor_command import kept_by_report, print_diagnosis, write_report
 from export.engines.base import EngineConfig, EnginePrecision
 from export.engines.build import build_engine, exported_onnx
 from export.engines.profiles import HOT_BATCHES, default_profiles
+from export.engines.prompted_classifier import build_prompted_classifier
 from export.exportable import chosen_exportables, example_inputs
 from export.mixed_precision import KeepFp32, Precision
 from export.precision_doctor import diagnose
@@ -19,8 +20,16 @@ from export.task_metrics import image_inputs, metrics_by_treatment, spread
 from training.data.coco import load_coco_folder
 from weaksam_rt.artifacts import ModelArtifact, load_artifact
 from weaksam_rt.backends.base import Arrays
-from weaksam_rt.contracts import SAM_MASK_DECODER
+from weaksam_rt.contracts import (
+    PROMPTED_CLASSIFIER,
+    SAM_IMAGE_ENCODER,
+    SAM_MASK_DECODER,
+    VIT_CLASSIFIER,
+    SamParameters,
+)
+from weaksam_rt.errors import ArtifactError
 from weaksam_rt.files import sha256_of_file
+from weaksam_rt.model_repository import load_exported_models
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -87,11 +96,54 @@ def engines(
             module=modules.get(source.model),
             graph=_graph(source, config, calibration, max_calibration_images),
         )
-        megabytes = built.path.stat().st_size / 1e6
-        seconds = built.passport.exporter["seconds"]
-        distance = built.passport.worst_parity
-        compared = "not compared" if distance is None else f"distance from float32 {distance:.1g}"
-        _LOGGER.info("%s: %.1f MB in %.1f s, %s", built.path, megabytes, seconds, compared)
+        _report(built)
+
+
+def prompted_classifier(
+    models: Annotated[Path, tyro.conf.Positional],
+    output: Path,
+    *,
+    precision: EnginePrecision = "fp32",
+    config: Path | None = None,
+    keep_fp32: Path | None = None,
+    timing_cache: Path | None = None,
+    workspace_mb: int | None = None,
+) -> None:
+    """Build classifier and prompts as one TensorRT engine, for images whose tags are known.
+
+    Maps then stay on the GPU. TensorRT must be installed and builds for the GPU at hand. The
+    embedded profile serves the engine as prompted_classifier.
+
+    Args:
+        models: Folder with one subfolder for each exported model: a classifier and a SAM.
+        output: Gets a subfolder prompted_classifier with model.plan and manifest.json.
+        precision: Of the classifier; prompts are made of float32 maps in any case.
+        config: TOML file with pipeline settings, whose clustering is fixed in the engine; None
+            takes pipeline.toml in MODELS, or the defaults.
+        keep_fp32: As of the engines command.
+        timing_cache: As of the engines command.
+        workspace_mb: As of the engines command.
+    """
+    exported = load_exported_models(models, config)
+    by_model = {artifact.model: artifact for artifact in exported.artifacts}
+    missing = {VIT_CLASSIFIER, SAM_IMAGE_ENCODER} - set(by_model)
+    if missing:
+        raise ArtifactError(f"{models} has no {', '.join(sorted(missing))}; export it first")
+    sam = by_model[SAM_IMAGE_ENCODER].parameters
+    assert isinstance(sam, SamParameters)
+    built = build_prompted_classifier(
+        by_model[VIT_CLASSIFIER],
+        output / PROMPTED_CLASSIFIER,
+        sam_image_size=sam.image_size,
+        clustering=exported.config.clustering,
+        config=EngineConfig(
+            precision=precision,
+            keep_fp32=_kept(keep_fp32, VIT_CLASSIFIER, precision),
+            workspace_bytes=None if workspace_mb is None else workspace_mb * 1_000_000,
+            timing_cache=timing_cache,
+        ),
+    )
+    _report(built)
 
 
 def doctor(
@@ -129,6 +181,14 @@ def doctor(
     if output is not None:
         facts = {"sha256": sha256_of_file(artifact.path), "metrics": metrics}
         write_report(output, diagnosis, facts)
+
+
+def _report(built: ModelArtifact) -> None:
+    megabytes = built.path.stat().st_size / 1e6
+    seconds = built.passport.exporter["seconds"]
+    distance = built.passport.worst_parity
+    compared = "not compared" if distance is None else f"distance from float32 {distance:.1g}"
+    _LOGGER.info("%s: %.1f MB in %.1f s, %s", built.path, megabytes, seconds, compared)
 
 
 def _kept(reports: Path | None, model: str, precision: EnginePrecision) -> KeepFp32:

@@ -27,6 +27,7 @@ from weaksam_rt.contracts import (
     DetectorParameters,
     ModelContract,
     Parameters,
+    PromptedClassifierParameters,
     SamParameters,
     VitClassifierParameters,
     engine_contract,
@@ -143,6 +144,8 @@ def example_inputs(model: str, parameters: Parameters) -> tuple[dict[str, NDArra
             )
         case DetectorParameters(image_size=side) | VitClassifierParameters(image_size=side):
             return tuple({"image": _pictures(b, side)} for b in _BATCHES)
+        case PromptedClassifierParameters():
+            return tuple(_tagged_inputs(parameters, passes) for passes in (2, 1))
     raise ValueError(f"{model} is not an exported model")
 
 
@@ -167,6 +170,22 @@ def _pictures(num: int, side: int) -> NDArray[np.uint8]:
     detail = rng.normal(0, 6, (num, 3, side, side))
     pictures = resize_maps(coarse, (side, side)) + detail
     return np.ascontiguousarray(pictures.clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def _tagged_inputs(
+    parameters: PromptedClassifierParameters, num_passes: int
+) -> dict[str, NDArray[Any]]:
+    """One image and perhaps its mirror image, with as many tags as passes."""
+    picture = _pictures(1, parameters.image_size)
+    passes = [picture, picture[:, :, ::-1]][:num_passes]
+    rng = np.random.default_rng(num_passes)
+    num_tags = min(num_passes, len(parameters.class_names))
+    tags = rng.choice(len(parameters.class_names), num_tags, replace=False)
+    return {
+        "image": np.concatenate(passes),
+        "tag_ids": tags.astype(np.int32),
+        "image_size": np.array([375, 500], np.int32),
+    }
 
 
 def _valid_sizes(num: int, side: int) -> NDArray[np.int32]:

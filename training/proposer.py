@@ -22,8 +22,8 @@ from weaksam_rt.class_activation_map import normalize_maps
 from weaksam_rt.config import PipelineConfig
 from weaksam_rt.contracts import VIT_CLASSIFIER
 from weaksam_rt.masks import decode_rle
-from weaksam_rt.pipeline import WeakSamPipeline, sum_over_flip
-from weaksam_rt.preprocessing import resize_maps, resize_to_square
+from weaksam_rt.pipeline import WeakSamPipeline
+from weaksam_rt.preprocessing import resize_maps, resize_to_square, sum_over_flip
 from weaksam_rt.proposals import PromptedBoxes, select_proposals
 from weaksam_rt.types import PointPrompts, PromptSource
 

@@ -5,12 +5,13 @@ read them from here. Shapes leave out the batch axis; -1 is a size that varies f
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from weaksam_rt.class_activation_map import CAM_PEAKS, CROSS_PEAKS
 from weaksam_rt.errors import ContractError
 
 DETECTOR = "detector"
@@ -18,6 +19,8 @@ VIT_CLASSIFIER = "vit_classifier"
 PROMPT_CLUSTERING = "prompt_clustering"
 SAM_IMAGE_ENCODER = "sam_image_encoder"
 SAM_MASK_DECODER = "sam_mask_decoder"
+PROMPTED_CLASSIFIER = "prompted_classifier"
+"""``vit_classifier`` and ``prompt_clustering`` as one TensorRT engine."""
 
 NUM_MASK_TOKENS = 4
 """SAM's masks per prompt: 0 is the single-mask answer, 1 to 3 are the multimask answers."""
@@ -164,6 +167,29 @@ class VitClassifierParameters:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PromptedClassifierParameters:
+    """Sizes of a classification ViT and the rules by which its engine makes prompts."""
+
+    image_size: int
+    """As in ``VitClassifierParameters``, and so the next three."""
+    map_size: int
+    num_cross_maps: int
+    class_names: tuple[str, ...]
+    sam_image_size: int
+    """Side of SAM's input in pixels, in which prompts are packed for it."""
+    points_per_cluster: int = 5
+    """As in ``ClusteringConfig``; the next ones as in ``PeakConfig``."""
+    cam_kernel_size: int = CAM_PEAKS.kernel_size
+    cam_value_thresh: float = CAM_PEAKS.value_thresh
+    cam_max_candidates: int = CAM_PEAKS.max_candidates
+    cam_is_l2: int = 0
+    cross_kernel_size: int = CROSS_PEAKS.kernel_size
+    cross_value_thresh: float = CROSS_PEAKS.value_thresh
+    cross_max_candidates: int = CROSS_PEAKS.max_candidates
+    cross_is_l2: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamParameters:
     """Sizes of an exported SAM; encoder and decoder of one model share them."""
 
@@ -185,7 +211,13 @@ class ClusteringParameters:
     """Prompt clustering has no sizes of its own."""
 
 
-Parameters = DetectorParameters | VitClassifierParameters | SamParameters | ClusteringParameters
+Parameters = (
+    DetectorParameters
+    | VitClassifierParameters
+    | PromptedClassifierParameters
+    | SamParameters
+    | ClusteringParameters
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -270,6 +302,15 @@ def vit_classifier_contract(parameters: VitClassifierParameters) -> ModelContrac
     )
 
 
+_PROMPT_OUTPUTS = (
+    _tensor("points", "FP32", (-1, 2), "(x, y) in pixels of the original image"),
+    _tensor("scores", "FP32", (-1,), "activation in [0, 1]"),
+    _tensor("class_ids", "INT32", (-1,), "class, -1 for cross"),
+    _tensor("sources", "INT32", (-1,), "PromptSource: 1 coarse, 2 fine, 3 cross"),
+)
+_ORIGINAL_SIZE = _tensor("image_size", "INT32", (2,), "(height, width) of the original image")
+
+
 def prompt_clustering_contract(parameters: ClusteringParameters) -> ModelContract:
     """Contract of ``prompt_clustering``; one image a call, classes that are present only."""
     del parameters
@@ -286,16 +327,44 @@ def prompt_clustering_contract(parameters: ClusteringParameters) -> ModelContrac
             _tensor("fine_maps", "FP32", (-1, -1, -1), "as coarse_maps"),
             _tensor("cross_maps", "FP32", (-1, -1, -1, -1), "[layers and heads, classes, h, w]"),
             _tensor("class_ids", "INT32", (-1,), "class of each map"),
-            _tensor("image_size", "INT32", (2,), "(height, width) of the original image"),
+            _ORIGINAL_SIZE,
+        ),
+        outputs=_PROMPT_OUTPUTS,
+        max_batch_size=0,
+    )
+
+
+def prompted_classifier_contract(parameters: PromptedClassifierParameters) -> ModelContract:
+    """Contract of ``prompted_classifier``; one image a call, whose tags are known."""
+    side = parameters.image_size
+    return ModelContract(
+        name=PROMPTED_CLASSIFIER,
+        description="An image and its tags to logits and point prompts, in one engine.",
+        inputs=(
+            _tensor(
+                "image",
+                "UINT8",
+                (-1, side, side, 3),
+                "as of vit_classifier: the image and, if wanted, its mirror image",
+            ),
+            _tensor("tag_ids", "INT32", (-1,), "classes in the image, at least one, all different"),
+            _ORIGINAL_SIZE,
         ),
         outputs=(
-            _tensor("points", "FP32", (-1, 2), "(x, y) in pixels of the original image"),
-            _tensor("scores", "FP32", (-1,), "activation in [0, 1]"),
-            _tensor("class_ids", "INT32", (-1,), "class, -1 for cross"),
-            _tensor("sources", "INT32", (-1,), "PromptSource: 1 coarse, 2 fine, 3 cross"),
+            _tensor("logits", "FP32", (-1, len(parameters.class_names)), "as of vit_classifier"),
+            *_PROMPT_OUTPUTS,
         ),
         max_batch_size=0,
     )
+
+
+def prompted_engine_contract(parameters: PromptedClassifierParameters) -> ModelContract:
+    """What the engine of ``prompted_classifier`` itself gives: outputs with room for all prompts
+    that there may be, and how many there are.
+    """
+    served = prompted_classifier_contract(parameters)
+    counts = _tensor("counts", "INT32", (3,), "points, SAM's prompts and their points; or -1 each")
+    return replace(served, outputs=(*served.outputs, counts))
 
 
 def sam_image_encoder_contract(parameters: SamParameters) -> ModelContract:
@@ -514,6 +583,8 @@ def engine_contract(model: str, parameters: Parameters) -> ModelContract:
             return detector_contract(parameters)
         case "vit_classifier", VitClassifierParameters():
             return vit_classifier_contract(parameters)
+        case "prompted_classifier", PromptedClassifierParameters():
+            return prompted_classifier_contract(parameters)
         case "prompt_clustering", ClusteringParameters():
             return prompt_clustering_contract(parameters)
         case "sam_image_encoder", SamParameters():
@@ -529,6 +600,7 @@ _PARAMETERS_OF_MODEL: dict[str, type[Parameters]] = {
     PROMPT_CLUSTERING: ClusteringParameters,
     SAM_IMAGE_ENCODER: SamParameters,
     SAM_MASK_DECODER: SamParameters,
+    PROMPTED_CLASSIFIER: PromptedClassifierParameters,
 }
 
 ENGINE_MODELS = tuple(_PARAMETERS_OF_MODEL)
@@ -561,7 +633,8 @@ def parameters_from_json(model: str, content: Mapping[str, Any]) -> Parameters:
     values: dict[str, Any] = {}
     for name, value in content.items():
         is_names = isinstance(value, list) and all(isinstance(v, str) for v in value)
-        if not (is_names if name == "class_names" else type(value) is int and value > 0):
+        numbers = (int, float) if wanted[name] is float else (int,)
+        if not (is_names if name == "class_names" else type(value) in numbers and value > 0):
             raise ContractError(f"{model}: parameter {name} is {value!r}, expected {wanted[name]}")
         values[name] = tuple(value) if name == "class_names" else value
     return kind(**values)

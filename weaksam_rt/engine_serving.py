@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from weaksam_rt.artifacts import ModelArtifact
+from weaksam_rt.contracts import PROMPTED_CLASSIFIER
 from weaksam_rt.errors import ArtifactError
 
 Profile = Literal["embedded", "container"]
@@ -106,6 +107,11 @@ def _refusal(artifact: ModelArtifact, profile: Profile) -> str | None:
         return f"is for {engine!r}; known are onnxruntime, tensorrt and tensorrt-rtx"
     if profile == "embedded":
         return None
+    if artifact.model == PROMPTED_CLASSIFIER:
+        return (
+            "holds a plugin in Python, which the image's TensorRT backend cannot run; serve it in "
+            "the embedded profile, or vit_classifier and prompt_clustering in this one"
+        )
     if engine == "tensorrt":
         return _plan_refusal(artifact)
     return (

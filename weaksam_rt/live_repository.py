@@ -27,7 +27,6 @@ from weaksam_rt.artifacts import (
 )
 from weaksam_rt.contracts import (
     DETECTOR,
-    ENGINE_MODELS,
     MEMBERS_OF_PIPELINE,
     PROMPT_CLUSTERING,
     SAM_IMAGE_ENCODER,
@@ -60,7 +59,7 @@ _KEY_OF_MODEL = {
     SAM_IMAGE_ENCODER: "sam",
     SAM_MASK_DECODER: "sam",
 }
-"""Which part of ``PipelineModels`` describes an engine."""
+"""The engines that pipelines call, and which part of ``PipelineModels`` describes each."""
 _HISTORY_KEPT = 200
 
 
@@ -227,8 +226,8 @@ def plan_version(repository: Path, artifacts: Sequence[ModelArtifact]) -> NewVer
 
 def _new_engine(repository: Path, artifact: ModelArtifact) -> NewEngine:
     model = artifact.model
-    if model not in ENGINE_MODELS or model == PROMPT_CLUSTERING:
-        raise ArtifactError(f"{model} has no engine to release")
+    if model not in _KEY_OF_MODEL:
+        raise ArtifactError(f"{model} has no engine that a pipeline calls: nothing to release")
     needed = engine_versions_needed(repository, model)
     if len(needed) != 1:
         raise ArtifactError(
@@ -388,8 +387,7 @@ def prune(repository: Path, models: Sequence[str], keep: int) -> list[int]:
         for version in others[: max(len(others) - (keep - 1), 0)]:
             remove_version(repository, pipeline, version)
             removed.add(version)
-    engines = [m for m in ENGINE_MODELS if m != PROMPT_CLUSTERING]
-    for model in engines:  # a removed pipeline may have been the last to call any of them
+    for model in _KEY_OF_MODEL:  # a removed pipeline may have been the last to call any of them
         if (repository / model / CONFIG_NAME).is_file():
             _remove_uncalled(repository, model)
     return sorted(removed)

@@ -21,6 +21,7 @@ from weaksam_rt.contracts import (
     MEMBERS_OF_PIPELINE,
     PIPELINE_CONTRACTS,
     PROMPT_CLUSTERING,
+    PROMPTED_CLASSIFIER,
     SAM_IMAGE_ENCODER,
     SAM_MASK_DECODER,
     VIT_CLASSIFIER,
@@ -249,7 +250,8 @@ def engine_config_text(
         batches_requests=artifact.contract.is_batched,
         max_queue_delay_us=options.max_queue_delay_us,
         label_outputs=_LABEL_OUTPUTS.get(artifact.model, ()),
-        warms_up=True,
+        # Zeros are no image and tags for it.
+        warms_up=artifact.model != PROMPTED_CLASSIFIER,
         parameters=tuple(
             (name, str(options.engine_threads))
             for backend, name in threads.items()

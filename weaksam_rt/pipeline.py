@@ -40,6 +40,7 @@ from weaksam_rt.preprocessing import (
     resize_for_detector,
     resize_longest_side,
     resize_to_square,
+    sum_over_flip,
 )
 from weaksam_rt.prompt_clustering import encode_masks, summarize_masks
 from weaksam_rt.prompt_clustering.config import BackendName
@@ -493,13 +494,6 @@ def select_detections(
         image_size=frame.image_size,
         masks=masks,
     )
-
-
-def sum_over_flip(maps: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sum maps [1 or 2, ..., h, w] of an image and, if there, of its mirror image, mirrored
-    back.
-    """
-    return maps[0] if len(maps) == 1 else maps[0] + maps[1][..., ::-1]
 
 
 def _require(parameters: _T | None, what: str) -> _T:

@@ -178,3 +178,10 @@ def upsample_maps(maps: NDArray[np.float32], size: ImageSize) -> NDArray[np.floa
     right = axis_samples(size[1], maps.shape[-1])
     wide = interpolate(maps[..., right.low], maps[..., right.high], right.weight)
     return interpolate(wide[..., down.low, :], wide[..., down.high, :], down.weight[:, None])
+
+
+def sum_over_flip(maps: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum maps [1 or 2, ..., h, w] of an image and, if there, of its mirror image, mirrored
+    back.
+    """
+    return maps[0] if len(maps) == 1 else maps[0] + maps[1][..., ::-1]

@@ -75,7 +75,7 @@ class AotInductorBuilder:
             )
         start = time.perf_counter()
         module = source.module.eval().to(self.device)
-        arrays = example_inputs(source.artifact.model, source.artifact.parameters)[0]
+        arrays = example_inputs(source.model, source.parameters)[0]
         example = tuple(
             torch.from_numpy(arrays[spec.name]).to(self.device) for spec in source.contract.inputs
         )

@@ -10,8 +10,7 @@ from torch import nn
 
 from export.engines.profiles import Profile
 from export.mixed_precision import KeepFp32, lower_precision
-from weaksam_rt.artifacts import ModelArtifact
-from weaksam_rt.contracts import ModelContract
+from weaksam_rt.contracts import ModelContract, Parameters, engine_contract
 from weaksam_rt.errors import WeakSamError
 
 EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
@@ -55,8 +54,10 @@ class EngineConfig:
 class EngineSource:
     """What an engine is built from."""
 
-    artifact: ModelArtifact
-    """The verified ONNX model."""
+    model: str
+    """A name in ``contracts.ENGINE_MODELS``."""
+    parameters: Parameters
+    """Of the verified ONNX model."""
     graph: onnx.ModelProto
     """In float32, or a Q/DQ graph for ``int8`` and ``fp8``; builders lower it."""
     module: nn.Module | None = None
@@ -65,7 +66,7 @@ class EngineSource:
     @property
     def contract(self) -> ModelContract:
         """The model's contract."""
-        return self.artifact.contract
+        return engine_contract(self.model, self.parameters)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

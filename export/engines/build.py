@@ -3,7 +3,7 @@ once more, from what a manifest says.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +11,7 @@ from typing import Any, cast
 import onnx
 from torch import nn
 
+from export.agreement import Agreement
 from export.calibration import CalibratedGraph, calibrated
 from export.engines.aot_inductor import AotInductorBuilder
 from export.engines.base import (
@@ -102,10 +103,14 @@ def build_engine(
     builder = builder_for(engine)
     builder.check(config)
     path = directory / builder.file_name
-    origin = EngineSource(artifact=source, graph=_onnx_graph(graph, source), module=module)
+    origin = _source(source, graph, module)
     built = builder.build(origin, config, path)
-    passport = _passport(source, engine, built, config, _calibration(graph))
-    return _accepted(path, source, passport, built)
+    passport = engine_passport(source, engine, built, config, _calibration(graph))
+
+    def compare(unverified: ModelArtifact) -> Agreement:
+        return compare_with_source(unverified, source, built.precision, built.profiles)
+
+    return accepted(path, origin, passport, compare)
 
 
 def build_engine_like(
@@ -140,7 +145,7 @@ def build_engine_like(
             f"the live {live.model} was built without --refittable for {engine}; build it anew"
         )
     path = directory / builder.file_name
-    origin = EngineSource(artifact=source, graph=_onnx_graph(graph, source))
+    origin = _source(source, graph)
     seconds = builder.refit(live.path, origin, config, path)
     built = BuiltEngine(
         precision=config.precision,
@@ -151,8 +156,14 @@ def build_engine_like(
     )
     refitted = {"refit": {"seconds": seconds, "from_sha256": live.sha256}}
     options = {**_calibration(graph), **refitted}
-    passport = _passport(source, engine, built, config, options)
-    return _accepted(path, source, passport, built, refitted_from=live)
+    passport = engine_passport(source, engine, built, config, options)
+
+    def compare(unverified: ModelArtifact) -> Agreement:
+        found = compare_with_source(unverified, source, built.precision, built.profiles)
+        check_refit(unverified, live, source, built.profiles)
+        return found
+
+    return accepted(path, origin, passport, compare)
 
 
 def exported_onnx(models: Path) -> list[ModelArtifact]:
@@ -205,12 +216,19 @@ def check_buildable(live: ModelArtifact) -> None:
 _ONNX = "onnx"
 
 
-def _onnx_graph(
-    graph: onnx.ModelProto | CalibratedGraph | None, source: ModelArtifact
-) -> onnx.ModelProto:
+def _source(
+    source: ModelArtifact,
+    graph: onnx.ModelProto | CalibratedGraph | None,
+    module: nn.Module | None = None,
+) -> EngineSource:
     if graph is None:
-        return onnx.load(source.path)
-    return graph.graph if isinstance(graph, CalibratedGraph) else graph
+        graph = onnx.load(source.path)
+    return EngineSource(
+        model=source.model,
+        parameters=source.parameters,
+        graph=graph.graph if isinstance(graph, CalibratedGraph) else graph,
+        module=module,
+    )
 
 
 def _calibration(graph: onnx.ModelProto | CalibratedGraph | None) -> dict[str, Any]:
@@ -219,14 +237,25 @@ def _calibration(graph: onnx.ModelProto | CalibratedGraph | None) -> dict[str, A
     return {"calibration": {"data": graph.data, "num_images": graph.num_images}}
 
 
-def _accepted(
+def accepted(
     path: Path,
-    source: ModelArtifact,
+    source: EngineSource,
     passport: Passport,
-    built: BuiltEngine,
-    *,
-    refitted_from: ModelArtifact | None = None,
+    compare: Callable[[ModelArtifact], Agreement],
 ) -> ModelArtifact:
+    """Write the manifest of a built engine that answers as it should.
+
+    Args:
+        path: The engine.
+        source: What it was built from.
+        passport: Without parity.
+        compare: How far the engine's answers are off; raises ``ParityError`` where they are too
+            far, and ``BackendUnavailableError`` where this machine cannot run it.
+
+    Returns:
+        The artifact. Where this machine cannot run it, the passport has no parity and says why.
+    """
+
     def manifest(passport: Passport) -> ModelArtifact:
         return write_manifest(
             path,
@@ -238,16 +267,15 @@ def _accepted(
 
     unverified = manifest(_not_compared(passport, "the comparison did not end"))
     try:
-        found = compare_with_source(unverified, source, built.precision, built.profiles)
-        if refitted_from is not None:
-            check_refit(unverified, refitted_from, source, built.profiles)
+        found = compare(unverified)
     except BackendUnavailableError as error:
         _LOGGER.warning("%s was not compared: %s", path, error)
         return manifest(_not_compared(passport, str(error)))
     except Exception:
         (path.parent / MANIFEST_NAME).unlink()
         raise
-    limit = {"distance": ENGINE_LIMITS[built.precision]}
+    precision = cast(EnginePrecision, passport.precision)
+    limit = {"distance": ENGINE_LIMITS[precision]}
     return manifest(replace(passport, parity=parity_of(found), tolerance=limit))
 
 
@@ -255,14 +283,14 @@ def _not_compared(passport: Passport, reason: str) -> Passport:
     return replace(passport, notes={**passport.notes, "not_compared": reason})
 
 
-def _passport(
+def engine_passport(
     source: ModelArtifact,
     engine: str,
     built: BuiltEngine,
     config: EngineConfig,
     options: Mapping[str, Any],
 ) -> Passport:
-    """The model's passport, what the builder added to it, and ``options`` of the exporter."""
+    """That of the ONNX model, what the builder added to it, and ``options`` of the exporter."""
     origin = source.passport
     of_model = {key: getattr(origin, key) for key in ("exporter", "parity", "tolerance", "commit")}
     return Passport(

@@ -5,17 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from weaksam_rt.backends.base import Arrays
-from weaksam_rt.contracts import SAM_MASK_DECODER, ModelContract
+from weaksam_rt.contracts import PROMPTED_CLASSIFIER, SAM_MASK_DECODER, ModelContract
 
 HOT_BATCHES = (1, 4, 8)
 """Batch sizes with a profile of their own."""
-_DECODER_AXES = {
-    "image_embeddings": ("images",),
-    "image_index": ("prompts",),
-    "point_coords": ("prompts", "points"),
-    "point_labels": ("prompts", "points"),
+_AXES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    SAM_MASK_DECODER: {
+        "image_embeddings": ("images",),
+        "image_index": ("prompts",),
+        "point_coords": ("prompts", "points"),
+        "point_labels": ("prompts", "points"),
+    },
+    PROMPTED_CLASSIFIER: {"image": ("passes",), "tag_ids": ("tags",), "image_size": ()},
 }
-"""What the leading axes of the mask decoder's inputs count."""
+"""What the leading axes of a model's inputs count, where they are no batch."""
 _DECODER_HOT = {"images": 1, "prompts": 64, "points": 2}
 """One image with as many prompts as a call takes by default; a point with its padding, or a box."""
 _DECODER_WIDE = {"images": (1, 1, 8), "prompts": (1, 64, 256), "points": (1, 2, 32)}
@@ -97,6 +100,10 @@ def default_profiles(
             _profile(contract, "hot", {k: (v, v, v) for k, v in _DECODER_HOT.items()}),
             _profile(contract, "wide", _DECODER_WIDE),
         )
+    if contract.name == PROMPTED_CLASSIFIER:
+        num_classes = contract.output("logits").shape[-1]
+        tags = (1, min(2, num_classes), num_classes)
+        return (_profile(contract, "wide", {"passes": (1, 2, 2), "tags": tags}),)
     most = contract.max_batch_size
     if not most:
         raise ValueError(f"{contract.name} has no batch axis; give its profiles explicitly")
@@ -113,7 +120,7 @@ def _profile(
     inputs = {}
     for spec in contract.inputs:
         shape = _shape(contract, spec.name)
-        axes = ("batch",) if contract.is_batched else _DECODER_AXES[spec.name]
+        axes = ("batch",) if contract.is_batched else _AXES[contract.name][spec.name]
         smallest, usual, largest = (
             tuple(sizes[a][i] for a in axes) + shape[len(axes) :] for i in range(3)
         )

@@ -30,6 +30,7 @@ from weaksam_rt.backends.tensorrt import TensorRtFamily, collecting_logger, load
 from weaksam_rt.cuda_driver import CudaDevice
 from weaksam_rt.errors import BackendUnavailableError
 from weaksam_rt.files import atomic_path
+from weaksam_rt.prompt_clustering.tensorrt_plugin import PLUGIN_NAMESPACE, register_prompt_plugin
 
 _FP32_ONLY = {"bf16": frozenset({"ConvTranspose"})}
 """Operators that TensorRT-RTX 1.7 does not build in a precision."""
@@ -80,6 +81,8 @@ class TensorRtBuilder:
         start = time.perf_counter()
         kept = _FP32_ONLY.get(config.precision, frozenset())
         graph = typed_graph(source, config, keep_op_types=kept)
+        if any(node.domain == PLUGIN_NAMESPACE for node in graph.graph.node):
+            register_prompt_plugin(trt)
         log, complaints = collecting_logger(trt)
         builder = trt.Builder(log)
         network = builder.create_network(_network_flags(trt))

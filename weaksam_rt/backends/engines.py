@@ -3,7 +3,9 @@
 from weaksam_rt.artifacts import ModelArtifact
 from weaksam_rt.backends.local import ModelFunction
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
+from weaksam_rt.backends.prompted_classifier import PromptedClassifierModel
 from weaksam_rt.backends.tensorrt import FAMILIES, TensorRtModel
+from weaksam_rt.contracts import PROMPTED_CLASSIFIER
 from weaksam_rt.errors import ArtifactError
 
 
@@ -22,6 +24,8 @@ def open_engine(artifact: ModelArtifact, *, num_threads: int = 0, device: int = 
         BackendUnavailableError: Its library is of a version that this package does not know, or has
             no CUDA though the engine was built for it.
     """
+    if artifact.model == PROMPTED_CLASSIFIER:
+        return PromptedClassifierModel(artifact, device=device)
     if artifact.engine == "onnxruntime":
         return OnnxRuntimeModel(
             artifact, num_threads=num_threads, rows_side_by_side=True, device=device

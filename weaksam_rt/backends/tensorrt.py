@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from weaksam_rt.artifacts import ModelArtifact, refusal_here
 from weaksam_rt.backends.base import Arrays
-from weaksam_rt.contracts import ModelContract, TensorSpec
+from weaksam_rt.contracts import PROMPTED_CLASSIFIER, ModelContract, TensorSpec
 from weaksam_rt.cuda_driver import CudaDevice, DeviceArena, PinnedBlock, aligned_offsets
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError, InferenceError
+from weaksam_rt.prompt_clustering.tensorrt_plugin import register_prompt_plugin
 
 ShapeRanges = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 """Smallest and largest shape of each input that an optimisation profile accepts."""
@@ -165,11 +166,18 @@ class TensorRtModel:
     at a time.
     """
 
-    def __init__(self, artifact: ModelArtifact, *, device: int = 0) -> None:
+    def __init__(
+        self,
+        artifact: ModelArtifact,
+        *,
+        contract: ModelContract | None = None,
+        device: int = 0,
+    ) -> None:
         """Check that the machine is the one that the engine was built for, then open it.
 
         Args:
             artifact: A verified artifact whose engine is ``tensorrt`` or ``tensorrt-rtx``.
+            contract: What the engine itself takes and gives; None: the artifact's contract.
             device: Number of the GPU.
 
         Raises:
@@ -183,12 +191,14 @@ class TensorRtModel:
                 f"{artifact.path} is for {artifact.engine}, not for {' or '.join(FAMILIES)}"
             )
         trt, gpu = _usable_here(artifact, device)
-        self.contract = artifact.contract
+        self.contract = contract or artifact.contract
         self._gpu = gpu
         self._lock = threading.Lock()
         self._arena, self._scratch = DeviceArena(gpu), DeviceArena(gpu)
         self._pinned = PinnedBlock(gpu)
         log, self._complaints = collecting_logger(trt)
+        if artifact.model == PROMPTED_CLASSIFIER:
+            register_prompt_plugin(trt)
         with gpu.current():
             self._runtime = trt.Runtime(log)
             self._engine = self._runtime.deserialize_cuda_engine(artifact.path.read_bytes())

@@ -4,7 +4,7 @@ It is the chain of ``_plan`` for an image of the largest size, with a launch bef
 what the host does not know, and one behind it that counts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from weaksam_rt.prompt_clustering._plan import (
     plan_prompts,
 )
 from weaksam_rt.prompt_clustering.batch import MAX_IMAGE_SIDE, MapBatch
-from weaksam_rt.prompt_clustering.config import ClusteringConfig
+from weaksam_rt.prompt_clustering.config import EnginePromptConfig
 from weaksam_rt.prompt_clustering.device_arrays import DeviceArray, host_array
 from weaksam_rt.types import PromptSource
 
@@ -32,18 +32,6 @@ ENGINE_OUTPUTS = (
 """What the kernels write; ``weaksam_rt.contracts.prompted_classifier_contract`` describes it."""
 _MIRRORED_PASS = 1
 _WRITTEN_ON_GPU = ("map_classes", "image_sizes", "frame_scales")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EnginePromptConfig:
-    """How an engine makes prompts."""
-
-    num_classes: int
-    """That the classifier knows; tags are below."""
-    model_size: int
-    """Side of SAM's input in pixels."""
-    clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
-    """Windows, thresholds, cluster size; the backend is always the kernels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """How maps become prompts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from weaksam_rt.class_activation_map import CAM_PEAKS, CROSS_PEAKS, PeakConfig
@@ -35,3 +35,15 @@ class ClusteringConfig:
             raise ValueError(
                 f"backend must be one of {', '.join(get_args(BackendName))}, got {self.backend!r}"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnginePromptConfig:
+    """How an engine makes prompts."""
+
+    num_classes: int
+    """That the classifier knows; tags are below."""
+    model_size: int
+    """Side of SAM's input in pixels."""
+    clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
+    """Windows, thresholds, cluster size; the backend is always the kernels."""

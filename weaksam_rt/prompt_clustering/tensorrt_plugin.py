@@ -27,14 +27,25 @@ from weaksam_rt.prompt_clustering._engine_plan import (
     ENGINE_INPUTS,
     ENGINE_OUTPUTS,
     EngineMaps,
-    EnginePromptConfig,
     plan_engine_prompts,
 )
 from weaksam_rt.prompt_clustering._plan import Buffer, Plan
-from weaksam_rt.prompt_clustering.config import ClusteringConfig
+from weaksam_rt.prompt_clustering.config import ClusteringConfig, EnginePromptConfig
 
 if TYPE_CHECKING:
     from weaksam_rt.prompt_clustering._cuda import EnqueuedProgram
+
+__all__ = [
+    "ENGINE_INPUTS",
+    "ENGINE_OUTPUTS",
+    "PLUGIN_NAME",
+    "PLUGIN_NAMESPACE",
+    "PLUGIN_VERSION",
+    "config_from_attributes",
+    "output_shapes",
+    "plugin_attributes",
+    "register_prompt_plugin",
+]
 
 PLUGIN_NAME = "WeakSamPrompts"
 """Also the operator's type in ONNX graphs."""
@@ -201,6 +212,11 @@ def register_prompt_plugin(trt: ModuleType) -> Any:
         ArtifactError: The library has another plugin of this name.
     """
     library: Any = trt
+    registry = library.get_plugin_registry()
+    there = registry.get_creator(PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE)
+    if isinstance(there, _PromptPluginCreator):
+        # The same library under another module's name.
+        return there
     plugin = _derived(
         _PromptPlugin,
         library,
@@ -212,7 +228,7 @@ def register_prompt_plugin(trt: ModuleType) -> Any:
         ),
     )
     creator = _derived(_PromptPluginCreator, library, (library.IPluginCreatorV3One,))(plugin)
-    if not library.get_plugin_registry().register_creator(creator, PLUGIN_NAMESPACE):
+    if not registry.register_creator(creator, PLUGIN_NAMESPACE):
         raise ArtifactError(
             f"TensorRT {library.__version__} has another plugin {PLUGIN_NAME} already"
         )

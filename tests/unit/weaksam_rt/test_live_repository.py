@@ -240,7 +240,7 @@ def test_half_written_folders_are_swept_and_others_are_not(repository):
 
 def test_what_has_no_engine_cannot_be_released(repository, tmp_path):
     artifact = replace(detector(tmp_path / "new"), model=PROMPT_CLUSTERING)
-    with pytest.raises(ArtifactError, match="has no engine to release"):
+    with pytest.raises(ArtifactError, match="has no engine that a pipeline calls"):
         plan_version(repository, [artifact])
     with pytest.raises(ArtifactError, match="is no model repository"):
         live_versions(tmp_path, DETECTOR)

@@ -19,7 +19,8 @@ from weaksam_rt.contracts import (
 )
 from weaksam_rt.errors import ContractError
 from weaksam_rt.masks import decode_rle
-from weaksam_rt.pipeline import PipelineModels, WeakSamPipeline, sum_over_flip
+from weaksam_rt.pipeline import PipelineModels, WeakSamPipeline
+from weaksam_rt.preprocessing import sum_over_flip
 from weaksam_rt.prompt_clustering import prompt_clustering_model
 from weaksam_rt.proposals import ProposalConfig
 from weaksam_rt.types import PromptSource

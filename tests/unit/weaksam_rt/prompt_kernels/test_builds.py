@@ -33,9 +33,10 @@ from tests.unit.weaksam_rt.prompt_kernels.cpu_executor import CpuExecutor
 from weaksam_rt.preprocessing import longest_side_frame
 from weaksam_rt.prompt_clustering._backends import KernelBackend
 from weaksam_rt.prompt_clustering._engine_plan import (
-    EngineMaps, EnginePromptConfig, plan_engine_prompts,
+    EngineMaps, plan_engine_prompts,
 )
 from weaksam_rt.prompt_clustering._plan import Plan, plan_nms
+from weaksam_rt.prompt_clustering.config import EnginePromptConfig
 
 for seed in range(int(sys.argv[2])):
     rng = np.random.default_rng(seed)
