@@ -133,6 +133,7 @@ def measure(exported: ExportedModels, config: EnginesConfig) -> BenchmarkResult:
     )
     with serve(alone, options=options) as server:
         one, many, statistics = asyncio.run(_run(server, alone, config))
+    peaks = peaks.or_higher(measure_peaks())
     metrics = [
         *_one_at_a_time_metrics(one, 1e3 * peaks.floor_s(cost.flops, cost.least_bytes)),
         *_saturation_metrics(many.rates, _highest_rate(cost, peaks)),

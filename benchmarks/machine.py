@@ -58,6 +58,10 @@ class Peaks:
         """Least seconds for work of so many operations that must move so many bytes."""
         return max(flops / self.flops, num_bytes / self.bytes)
 
+    def or_higher(self, other: "Peaks") -> "Peaks":
+        """The higher of two measurements, limit by limit: a busy machine lowers them only."""
+        return Peaks(flops=max(self.flops, other.flops), bytes=max(self.bytes, other.bytes))
+
 
 def read_machine() -> Machine:
     """This machine."""

@@ -77,12 +77,14 @@ class Metric:
 
     @property
     def percent_of_floor(self) -> float | None:
-        """How near the median comes to the floor, in percent; 100 is as good as physics allows."""
+        """How near the median comes to the floor, in percent; 100 is as good as physics allows, and
+        more means that the floor was measured wrongly.
+        """
         if self.floor is None:
             return None
         median = float(np.median(self.samples))
-        low, high = sorted((self.floor, median))
-        return 100 * low / high if high > 0 else None
+        part, whole = (self.floor, median) if self.better == "lower" else (median, self.floor)
+        return 100 * part / whole if whole > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,18 +201,26 @@ class Recorder:
             series=tuple(series),
             waterfalls=tuple(waterfalls),
             tables=tuple(tables),
-            notes=(*notes, *_reservation(self.clocks, machine)),
+            notes=(*notes, *_reservations(self.clocks, machine, metrics)),
         )
 
 
-def _reservation(before: Clocks, machine: Machine) -> tuple[str, ...]:
-    """What must be said where others were at work when the measurement began."""
-    if before.load_average <= _QUIET_LOAD * machine.cores:
-        return ()
-    return (
-        f"The machine was busy before this began (load average {before.load_average:.1f} on "
-        f"{machine.cores} cores): read ratios within this run only, and measure again when quiet.",
-    )
+def _reservations(before: Clocks, machine: Machine, metrics: Sequence[Metric]) -> list[str]:
+    """What must be said where others were at work when the measurement began, or meanwhile."""
+    said = []
+    if before.load_average > _QUIET_LOAD * machine.cores:
+        said.append(
+            f"The machine was busy before this began (load average {before.load_average:.1f} on "
+            f"{machine.cores} cores): read ratios within this run only, and measure again when "
+            "quiet."
+        )
+    beyond = [m.name for m in metrics if (m.percent_of_floor or 0) > 100]
+    if beyond:
+        said.append(
+            f"{', '.join(beyond)}: better than the floor, so the limits were measured too low; the "
+            "machine was busy then, measure again when quiet."
+        )
+    return said
 
 
 def artifact_record(artifact: ModelArtifact) -> ArtifactRecord:

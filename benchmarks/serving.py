@@ -142,7 +142,6 @@ def measure(
         artifacts=tuple(map(artifact_record, exported.artifacts)),
     )
     peaks = measure_peaks()
-    floor_ms = asyncio.run(_floor_ms(exported, config.pipeline, data[0], peaks))
     calls = [call_of(config.pipeline, one) for one in data]
     options = ServingOptions(
         engine_threads=config.threads, max_queue_delay_us=config.max_queue_delay_us
@@ -150,6 +149,8 @@ def measure(
     with serve(exported, options=options) as server:
         wire = wire_bytes(server.grpc_address, calls[0])
         measured = asyncio.run(_run(server.grpc_address, calls, config))
+    peaks = peaks.or_higher(measure_peaks())
+    floor_ms = asyncio.run(_floor_ms(exported, config.pipeline, data[0], peaks))
     return recorder.result(
         _metrics(measured, config, floor_ms),
         series=_series(measured, config),

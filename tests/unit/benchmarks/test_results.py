@@ -17,7 +17,7 @@ from benchmarks.compare import (
     hindrances,
 )
 from benchmarks.compare import main as compare_files
-from benchmarks.machine import Clocks
+from benchmarks.machine import Clocks, Peaks
 from benchmarks.markdown import markdown, number
 from benchmarks.page import page
 from benchmarks.results import (
@@ -171,6 +171,24 @@ def test_a_result_from_a_busy_machine_says_so(load, is_said):
     recorder = Recorder(what="x", title="X", config={}, artifacts=(), clocks=clocks)
     notes = recorder.result([]).notes
     assert any("machine was busy" in note for note in notes) == is_said
+
+
+@pytest.mark.parametrize(
+    ("better", "value", "percent"),
+    [("lower", 10.0, 50), ("lower", 4.0, 125), ("higher", 4.0, 80), ("higher", 10.0, 200)],
+)
+def test_what_beats_its_floor_shows_that_the_floor_was_measured_wrongly(better, value, percent):
+    metric = Metric(name="it", unit="ms", repeats=((value,),), better=better, floor=5.0)
+    assert metric.percent_of_floor == percent
+    clocks = Clocks(megahertz=None, load_average=0.1, celsius=None)
+    recorder = Recorder(what="x", title="X", config={}, artifacts=(), clocks=clocks)
+    notes = recorder.result([metric]).notes
+    assert any("it: better than the floor" in note for note in notes) == (percent > 100)
+
+
+def test_the_higher_of_two_measured_limits_counts():
+    busy, quiet = Peaks(flops=1.0, bytes=4.0), Peaks(flops=2.0, bytes=3.0)
+    assert busy.or_higher(quiet) == Peaks(flops=2.0, bytes=4.0)
 
 
 def test_a_command_names_no_folders_of_a_machine():
