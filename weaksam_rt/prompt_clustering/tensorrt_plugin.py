@@ -33,7 +33,7 @@ from weaksam_rt.prompt_clustering._plan import Buffer, Plan
 from weaksam_rt.prompt_clustering.config import ClusteringConfig, EnginePromptConfig
 
 if TYPE_CHECKING:
-    from weaksam_rt.prompt_clustering._cuda import EnqueuedProgram
+    from weaksam_rt.prompt_clustering._cuda import EnqueuedProgram, ResidentArrays
 
 __all__ = [
     "ENGINE_INPUTS",
@@ -140,11 +140,10 @@ def _plan_of(maps: EngineMaps, config: EnginePromptConfig) -> Plan:
 
 
 @cache
-def _constants_of(device: int, maps: EngineMaps, config: EnginePromptConfig) -> dict[str, int]:
-    """Addresses of what the shape alone decides; a few kilobytes for each shape seen."""
+def _constants_of(device: int, maps: EngineMaps, config: EnginePromptConfig) -> "ResidentArrays":
+    """What the shape alone decides; a few kilobytes for each shape seen."""
     inputs = {n: np.asarray(a) for n, a in _plan_of(maps, config).inputs.items()}
-    resident = kernel_executor(device).resident(inputs)
-    return resident.addresses
+    return kernel_executor(device).resident(inputs)
 
 
 def _scratch(plan: Plan) -> tuple[dict[str, int], int]:
@@ -345,7 +344,7 @@ class _PromptPlugin:
             # They stay the same from call to call as a rule.
             plan, gpu = _plan_of(maps, self.config), current_gpu()
             addresses = {
-                **_constants_of(gpu, maps, self.config),
+                **_constants_of(gpu, maps, self.config).addresses,
                 **{name: workspace + offset for name, offset in _scratch(plan)[0].items()},
                 **dict(zip(ENGINE_INPUTS, input_addresses, strict=True)),
                 **dict(zip(ENGINE_OUTPUTS, output_addresses, strict=True)),
