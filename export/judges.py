@@ -7,13 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from export.exportable import Exportable
-from export.task_metrics import classifier_tag_ap, sam_mask_iou
+from export.task_metrics import classifier_tag_ap, detector_ap50, sam_mask_iou
 from training.data.coco import CocoFolder, ImageRecord
 from training.engine.stage import fingerprint
-from training.evaluation.voc_ap import voc_ap
 from weaksam_rt.artifacts import METRIC_NAMES, ModelArtifact, write_manifest
 from weaksam_rt.backends.engines import open_engine
 from weaksam_rt.backends.local import ModelFunction
@@ -28,17 +25,11 @@ from weaksam_rt.contracts import (
     VitClassifierParameters,
 )
 from weaksam_rt.errors import ReleaseError
-from weaksam_rt.images import decode_reduced
-from weaksam_rt.pipeline import select_detections
-from weaksam_rt.preprocessing import resize_for_detector
-from weaksam_rt.types import Detections
 
 Engines = Mapping[str, ModelArtifact]
 """By model."""
 Metrics = Mapping[str, float]
 """By key of ``METRIC_NAMES``, in [0, 1], higher is better."""
-_METRIC_SCORE_THRESH = 0.01
-"""AP looks at weak detections too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,36 +132,10 @@ def _identity(judge: Judge, folder: CocoFolder, config: PipelineConfig) -> dict[
 
 
 def ap50_of_engine(artifact: ModelArtifact, folder: CocoFolder, config: DetectionConfig) -> float:
-    """AP50 (Pascal VOC, area form) of a detector's engine on ``folder``, in [0, 1].
-
-    The engine runs in this process, with serving's decoding, resizing and suppression. Classes are
-    matched by name: what the detector does not know counts as not found.
-    """
+    """``detector_ap50`` of a detector's engine, which runs in this process."""
     parameters = artifact.parameters
     assert isinstance(parameters, DetectorParameters)
-    engine = _opened(artifact)
-    weak = replace(config, score_thresh=_METRIC_SCORE_THRESH)
-    label_of_name = {name: label for label, name in enumerate(folder.class_names)}
-    labels = np.array([label_of_name.get(name, -1) for name in parameters.class_names])
-    found = {}
-    for record in folder.records:
-        detections = _detect_with(engine, record.path.read_bytes(), parameters.image_size, weak)
-        known = detections.take(labels[detections.labels] >= 0)
-        found[record.image_id] = replace(known, labels=labels[known.labels])
-    return voc_ap(folder, found).mean_all_point
-
-
-def _detect_with(
-    engine: ModelFunction, data: bytes, image_size: int, config: DetectionConfig
-) -> Detections:
-    image = decode_reduced(data, image_size)
-    pixels, frame = resize_for_detector(image.pixels, image_size, image_size=image.image_size)
-    answer = engine({"image": pixels[None]}, ["boxes", "scores", "labels"])
-    return select_detections(
-        answer["boxes"][0], answer["scores"][0], answer["labels"][0], frame,
-        score_thresh=config.score_thresh, nms_thresh=config.nms_thresh,
-        max_detections=config.max_detections,
-    )  # fmt: skip
+    return detector_ap50(_opened(artifact), parameters, folder, config)["AP50"]
 
 
 def _opened(artifact: ModelArtifact) -> ModelFunction:

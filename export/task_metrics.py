@@ -1,6 +1,6 @@
 """What a model's answers are worth on its task, whatever engine gave them."""
 
-import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -28,6 +28,7 @@ from weaksam_rt.contracts import (
     SamParameters,
     VitClassifierParameters,
 )
+from weaksam_rt.images import decode_reduced
 from weaksam_rt.masks import image_logits, mask_to_box
 from weaksam_rt.pipeline import select_detections
 from weaksam_rt.preprocessing import (
@@ -38,6 +39,7 @@ from weaksam_rt.preprocessing import (
 
 _LOW_SCORE = 0.01
 """Average precision looks at detections down to here."""
+_DETECTION = DetectionConfig()
 _MAX_OBJECTS = 4
 """Masks of an image that are prompted for."""
 
@@ -56,23 +58,37 @@ def image_inputs(model: str, parameters: Parameters, record: ImageRecord) -> Arr
 
 
 def detector_ap50(
-    run: ModelFunction, parameters: DetectorParameters, folder: CocoFolder
+    run: ModelFunction,
+    parameters: DetectorParameters,
+    folder: CocoFolder,
+    config: DetectionConfig = _DETECTION,
 ) -> dict[str, float]:
-    """AP50 (area form), in [0, 1], on the classes that detector and folder share."""
-    config = DetectionConfig(score_thresh=_LOW_SCORE)
-    known = {name: i for i, name in enumerate(folder.class_names)}
-    to_folder = np.array([known.get(name, -1) for name in parameters.class_names], np.int32)
+    """AP50 (Pascal VOC, area form), in [0, 1], with serving's decoding, resizing and suppression.
+
+    Classes are matched by name: what the detector does not know counts as not found.
+
+    Args:
+        run: The detector.
+        parameters: Of it.
+        folder: Images and true boxes.
+        config: Its score threshold is not used: AP looks at weak detections too.
+    """
+    known = {name: label for label, name in enumerate(folder.class_names)}
+    labels = np.array([known.get(name, -1) for name in parameters.class_names])
     found = {}
     for record in folder.records:
-        pixels, frame = resize_for_detector(record.image(), parameters.image_size)
-        answer = run({"image": pixels[None]}, None)
-        labels = to_folder[answer["labels"][0]]
-        scores = np.where(labels >= 0, answer["scores"][0], 0.0).astype(np.float32)
-        found[record.image_id] = select_detections(
-            answer["boxes"][0], scores, labels, frame,
-            score_thresh=config.score_thresh, nms_thresh=config.nms_thresh,
+        image = decode_reduced(record.path.read_bytes(), parameters.image_size)
+        pixels, frame = resize_for_detector(
+            image.pixels, parameters.image_size, image_size=image.image_size
+        )
+        answer = run({"image": pixels[None]}, ["boxes", "scores", "labels"])
+        detections = select_detections(
+            answer["boxes"][0], answer["scores"][0], answer["labels"][0], frame,
+            score_thresh=_LOW_SCORE, nms_thresh=config.nms_thresh,
             max_detections=config.max_detections,
         )  # fmt: skip
+        in_folder = detections.take(labels[detections.labels] >= 0)
+        found[record.image_id] = replace(in_folder, labels=labels[in_folder.labels])
     return {"AP50": voc_ap(folder, found).mean_all_point}
 
 
@@ -165,7 +181,7 @@ def spread(folder: CocoFolder, max_images: int) -> CocoFolder:
     if len(folder.records) <= max_images:
         return folder
     chosen = np.linspace(0, len(folder.records) - 1, max_images).round().astype(int)
-    return dataclasses.replace(folder, records=tuple(folder.records[i] for i in chosen))
+    return replace(folder, records=tuple(folder.records[i] for i in chosen))
 
 
 def _image_iou(

@@ -58,8 +58,7 @@ class _Value:
         self.dims = [dim.dim_value or -1 for dim in kind.shape.dim]
 
 
-class _Engine:
-    device_memory_size_v2 = plain.SCRATCH_BYTES
+class _Engine(plain._Engine):
     num_optimization_profiles = 1
 
     def __init__(self, plan):
@@ -91,15 +90,6 @@ class _Engine:
         """Logits, and the maps that the plugin gets."""
         inputs = {"image": image, "tag_ids": tag_ids}
         return self._before.run(["logits", self._maps_name], inputs)
-
-    def get_tensor_name(self, position):
-        return self._names[position]
-
-    def get_tensor_mode(self, name):
-        return TensorIOMode.INPUT if name in self.inputs else TensorIOMode.OUTPUT
-
-    def get_tensor_dtype(self, name):
-        return {**self.inputs, **self.outputs}[name].type
 
     def get_tensor_profile_shape(self, name, profile):
         least = {"image": 1, "tag_ids": 1}
