@@ -49,7 +49,7 @@ def compare_with_source(
         BackendUnavailableError: This machine cannot run the engine.
         ParityError: The answers to an example are not finite, or too far away.
     """
-    engine, reference = _opened(built), OnnxRuntimeModel(source)
+    engine, reference = opened_for_comparison(built), OnnxRuntimeModel(source)
     limit = ENGINE_LIMITS[precision]
     found = []
     for arrays in _inputs(built, profiles):
@@ -85,7 +85,11 @@ def check_refit(
         source: The new checkpoint's ONNX model.
         profiles: Sizes that the engines take; empty: all.
     """
-    new, old, reference = _opened(built), _opened(live), OnnxRuntimeModel(source)
+    new, old, reference = (
+        opened_for_comparison(built),
+        opened_for_comparison(live),
+        OnnxRuntimeModel(source),
+    )
     rounding = max(live.passport.worst_parity or 0.0, DISTANCE_LIMITS["fp32"])
     for arrays in _inputs(built, profiles):
         expected, before, answer = reference(arrays), old(arrays, None), new(arrays, None)
@@ -124,6 +128,11 @@ def check_runs_here(built: ModelArtifact) -> None:
         raise BackendUnavailableError(f"it is for {', '.join(targets)}, this machine has {here}")
 
 
-def _opened(built: ModelArtifact) -> ModelFunction:
+def opened_for_comparison(built: ModelArtifact) -> ModelFunction:
+    """The engine in this process, also one that only PyTorch opens.
+
+    Raises:
+        BackendUnavailableError: This machine cannot run it.
+    """
     check_runs_here(built)
-    return AotInductorModel(built) if built.engine in AOT_ENGINES else open_engine(built)
+    return AotInductorModel(built) if built.engine in AOT_ENGINES.values() else open_engine(built)

@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from export.__main__ import engines
-from export.engines.aot_inductor import AotInductorModel
+from export.engines.aot_inductor import AOT_ENGINES, AotInductorModel
 from export.engines.base import EngineBuildError, EngineConfig
 from export.engines.build import (
     BUILDERS,
@@ -22,7 +22,7 @@ from export.engines.build import (
     check_buildable,
     was_built,
 )
-from export.engines.compare import compare_with_source
+from export.engines.compare import compare_with_source, opened_for_comparison
 from export.engines.profiles import Profile, ShapeRange, default_profiles
 from export.exportable import example_inputs
 from export.mixed_precision import KeepFp32, node_names
@@ -283,6 +283,12 @@ def test_an_aot_inductor_package_agrees_with_pytorch(toy, tmp_path):
     report = parity(module, AotInductorModel(artifact), toy.contract, inputs, FP32)
     assert report["boxes"]["max_abs_error"] < 1e-5
     assert artifact.passport.versions["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("engine", AOT_ENGINES.values())
+def test_an_aot_inductor_package_is_compared_in_pytorch(toy, monkeypatch, engine):
+    monkeypatch.setattr("export.engines.compare.AotInductorModel", lambda artifact: "package")
+    assert opened_for_comparison(dataclasses.replace(toy, engine=engine)) == "package"
 
 
 def test_an_aot_inductor_package_needs_the_model_in_pytorch(toy, tmp_path):
