@@ -179,7 +179,7 @@ def test_our_closed_loop_agrees_with_perf_analyzer(exported, server):
     binary = find_perf_analyzer()
     if binary is None:
         pytest.skip("no perf_analyzer here; `python -m benchmarks get_perf_analyzer` fetches it")
-    # It counts whole seconds: of a short run the last one weighs too much.
+    # Its throughput of a run of a second is off by up to a half.
     config = PerfAnalyzerConfig(concurrency=2, requests=1500)
 
     async def ours():
