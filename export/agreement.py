@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from weaksam_rt.boxes import box_iou
 from weaksam_rt.config import PipelineConfig
 from weaksam_rt.contracts import DETECTOR
+from weaksam_rt.preprocessing import maps_of_classes
 from weaksam_rt.prompt_clustering import prompts_from_maps
 from weaksam_rt.types import PointPrompts
 
@@ -94,36 +95,27 @@ def prompt_agreement(expected: Answer, got: Answer, config: PipelineConfig | Non
         (_prompts(expected, image, settings), _prompts(got, image, settings))
         for image in range(len(expected["logits"]))
     ]
-    total = sum(len(first) + len(second) for first, second in pairs)
-    common = sum(_num_common(first, second) for first, second in pairs)
-    return common / total if total else 1.0
+    return common_share(pairs)
 
 
-def common_share(first: PointPrompts, second: PointPrompts) -> float:
-    """Share of two images' prompts, in [0, 1], that they have in common, as in
+def common_share(pairs: Sequence[tuple[PointPrompts, PointPrompts]]) -> float:
+    """Share of the prompts of images, in [0, 1], that two answers to each have in common, as in
     ``prompt_agreement``.
     """
-    total = len(first) + len(second)
-    return _num_common(first, second) / total if total else 1.0
-
-
-def _num_common(first: PointPrompts, second: PointPrompts) -> int:
-    return _num_found(first, second) + _num_found(second, first)
+    total = sum(len(first) + len(second) for first, second in pairs)
+    common = sum(_num_found(one, two) + _num_found(two, one) for one, two in pairs)
+    return common / total if total else 1.0
 
 
 def _prompts(answer: Answer, image: int, config: PipelineConfig) -> PointPrompts:
     present = np.flatnonzero(answer["logits"][image] > config.present_logit_thresh)
     if len(present) == 0:
         return PointPrompts.concatenate([])
-    maps = {
-        name: np.ascontiguousarray(answer[name][image].take(present, axis=-3))
-        for name in ("coarse_maps", "fine_maps", "cross_maps")
-    }
+    of_image = {name: values[image : image + 1] for name, values in answer.items()}
+    maps = maps_of_classes(of_image, present)
     side = _CELL_PX * maps["coarse_maps"].shape[-1]
     return prompts_from_maps(
-        coarse_maps=maps["coarse_maps"],
-        fine_maps=maps["fine_maps"],
-        cross_maps=maps["cross_maps"],
+        **maps,
         class_ids=present.astype(np.int32),
         image_size=(side, side),
         config=config.clustering,

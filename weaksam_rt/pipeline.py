@@ -37,10 +37,10 @@ from weaksam_rt.masks import (
 )
 from weaksam_rt.preprocessing import (
     ModelFrame,
+    maps_of_classes,
     resize_for_detector,
     resize_longest_side,
     resize_to_square,
-    sum_over_flip,
 )
 from weaksam_rt.prompt_clustering import encode_masks, summarize_masks
 from weaksam_rt.prompt_clustering.config import BackendName
@@ -315,14 +315,10 @@ class WeakSamPipeline:
             class_ids = [int(c) for c in np.flatnonzero(is_present)]
         if not class_ids:
             return class_ids, PointPrompts.concatenate([])
-        maps = {
-            name: np.ascontiguousarray(sum_over_flip(answer[name]).take(class_ids, axis=-3))
-            for name in ("coarse_maps", "fine_maps", "cross_maps")
-        }
         clustered = await self._backend.infer(
             PROMPT_CLUSTERING,
             {
-                **maps,
+                **maps_of_classes(answer, class_ids),
                 "class_ids": np.array(class_ids, np.int32),
                 "image_size": np.array(image.shape[:2], np.int32),
             },

@@ -1,5 +1,6 @@
 """From an image to a model's input frame, and exact coordinate maps between the two frames."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -178,6 +179,21 @@ def upsample_maps(maps: NDArray[np.float32], size: ImageSize) -> NDArray[np.floa
     right = axis_samples(size[1], maps.shape[-1])
     wide = interpolate(maps[..., right.low], maps[..., right.high], right.weight)
     return interpolate(wide[..., down.low, :], wide[..., down.high, :], down.weight[:, None])
+
+
+def maps_of_classes(
+    answer: Mapping[str, NDArray[np.float32]], class_ids: Sequence[int] | NDArray[np.integer[Any]]
+) -> dict[str, NDArray[np.float32]]:
+    """What ``prompt_clustering`` gets of an image.
+
+    Args:
+        answer: Of ``vit_classifier``, for the image and perhaps its mirror image.
+        class_ids: Classes in the image.
+    """
+    return {
+        name: np.ascontiguousarray(sum_over_flip(answer[name]).take(class_ids, axis=-3))
+        for name in ("coarse_maps", "fine_maps", "cross_maps")
+    }
 
 
 def sum_over_flip(maps: NDArray[np.float32]) -> NDArray[np.float32]:

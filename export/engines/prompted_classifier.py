@@ -14,12 +14,11 @@ from onnx import TensorProto, helper, numpy_helper
 from export.agreement import Agreement, agreement, common_share, worst
 from export.engines.base import EngineConfig, EngineSource, typed_graph
 from export.engines.build import accepted, builder_for, engine_passport
-from export.engines.compare import ENGINE_LIMITS
+from export.engines.compare import ENGINE_LIMITS, opened_for_comparison
 from export.exportable import example_inputs
 from export.verify import ParityError
 from weaksam_rt.artifacts import ModelArtifact
 from weaksam_rt.backends.base import Arrays
-from weaksam_rt.backends.engines import open_engine
 from weaksam_rt.backends.local import ModelFunction
 from weaksam_rt.backends.onnx_runtime import OnnxRuntimeModel
 from weaksam_rt.backends.prompted_classifier import (
@@ -190,7 +189,7 @@ def build_prompted_classifier(
     def compare(unverified: ModelArtifact) -> Agreement:
         limit = ENGINE_LIMITS[config.precision]
         inputs = example_inputs(PROMPTED_CLASSIFIER, together)
-        return compare_prompts(open_engine(unverified), reference, inputs, limit)
+        return compare_prompts(opened_for_comparison(unverified), reference, inputs, limit)
 
     return accepted(path, origin, engine_passport(source, "tensorrt", built, config, {}), compare)
 
@@ -216,7 +215,7 @@ def compare_prompts(
         one = agreement(
             PROMPTED_CLASSIFIER, {"logits": expected["logits"]}, {"logits": got["logits"]}
         )
-        share = common_share(_prompts(expected), _prompts(got))
+        share = common_share([(_prompts(expected), _prompts(got))])
         if not (one.finite and one.distance <= limit and share >= COMMON_PROMPTS):
             raise ParityError(
                 f"{PROMPTED_CLASSIFIER}: logits at a distance of {one.distance:.3g} and "

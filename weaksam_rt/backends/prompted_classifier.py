@@ -21,13 +21,11 @@ from weaksam_rt.contracts import (
     prompted_engine_contract,
 )
 from weaksam_rt.errors import ArtifactError, ContractError, InferenceError
-from weaksam_rt.preprocessing import sum_over_flip
+from weaksam_rt.preprocessing import maps_of_classes
 from weaksam_rt.prompt_clustering import ClusteringConfig, prompts_from_maps
 from weaksam_rt.prompt_clustering.batch import MAX_IMAGE_SIDE
 from weaksam_rt.prompt_clustering.config import EnginePromptConfig
 from weaksam_rt.prompt_clustering.tensorrt_plugin import config_from_attributes, plugin_attributes
-
-_MAPS = ("coarse_maps", "fine_maps", "cross_maps")
 
 
 def prompted_parameters(
@@ -109,12 +107,7 @@ def prompted_classifier_model(
         answer = classifier({"image": inputs["image"]}, None)
         height, width = (int(side) for side in inputs["image_size"])
         prompts = prompts_from_maps(
-            **{
-                name: np.ascontiguousarray(
-                    sum_over_flip(answer[name]).take(inputs["tag_ids"], axis=-3)
-                )
-                for name in _MAPS
-            },
+            **maps_of_classes(answer, inputs["tag_ids"]),
             class_ids=inputs["tag_ids"],
             image_size=(height, width),
             config=clustering,

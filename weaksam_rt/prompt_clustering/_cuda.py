@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from weaksam_rt.cuda_driver import CudaDevice, DeviceArena, PinnedBlock, aligned_offsets
 from weaksam_rt.errors import ArtifactError, BackendUnavailableError
 from weaksam_rt.prompt_clustering._nvrtc import kernel_cubin
-from weaksam_rt.prompt_clustering._plan import Argument, Buffer, Launch, Plan, Program
+from weaksam_rt.prompt_clustering._plan import Argument, Launch, Plan, Program
 from weaksam_rt.prompt_clustering._prebuilt import prebuilt_kernels
 from weaksam_rt.prompt_clustering.device_arrays import AnyArray, DeviceArray, JoinedArrays
 
@@ -401,8 +401,8 @@ def _layout(plan: Plan) -> _Layout:
     buffers, outputs = plan.program.buffers, plan.program.outputs
     on_host = {n: a.nbytes for n, a in plan.inputs.items() if isinstance(a, np.ndarray)}
     joined = {n: a.nbytes for n, a in plan.inputs.items() if isinstance(a, JoinedArrays)}
-    scratch = {n: _num_bytes(b) for n, b in buffers.items() if n not in outputs}
-    sizes = on_host | joined | scratch | {n: _num_bytes(buffers[n]) for n in outputs}
+    scratch = {n: b.num_bytes for n, b in buffers.items() if n not in outputs}
+    sizes = on_host | joined | scratch | {n: buffers[n].num_bytes for n in outputs}
     starts, total_bytes = aligned_offsets(list(sizes.values()))
     offsets = dict(zip(sizes, starts, strict=True))
     return _Layout(
@@ -412,10 +412,6 @@ def _layout(plan: Plan) -> _Layout:
         output_end=offsets[outputs[-1]] + sizes[outputs[-1]],
         total_bytes=total_bytes,
     )
-
-
-def _num_bytes(buffer: Buffer) -> int:
-    return math.prod(buffer.shape) * np.dtype(buffer.dtype).itemsize
 
 
 def _view(

@@ -4,6 +4,7 @@ A plan is made before anything is launched, from shapes that the host knows. Its
 each other on one stream; no stage waits for the host.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,6 +62,11 @@ class Buffer:
 
     shape: tuple[int, ...]
     dtype: DTypeLike
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all elements."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,7 @@ from weaksam_rt.prompt_clustering._engine_plan import (
     EngineMaps,
     plan_engine_prompts,
 )
-from weaksam_rt.prompt_clustering._plan import Buffer, Plan
+from weaksam_rt.prompt_clustering._plan import Plan
 from weaksam_rt.prompt_clustering.config import ClusteringConfig, EnginePromptConfig
 
 if TYPE_CHECKING:
@@ -149,12 +149,8 @@ def _constants_of(device: int, maps: EngineMaps, config: EnginePromptConfig) -> 
 def _scratch(plan: Plan) -> tuple[dict[str, int], int]:
     """Where each buffer that is not an output lies in the workspace, and the workspace's bytes."""
     buffers = {n: b for n, b in plan.program.buffers.items() if n not in ENGINE_OUTPUTS}
-    offsets, total = aligned_offsets([_num_bytes(buffer) for buffer in buffers.values()])
+    offsets, total = aligned_offsets([buffer.num_bytes for buffer in buffers.values()])
     return dict(zip(buffers, offsets, strict=True)), total
-
-
-def _num_bytes(buffer: Buffer) -> int:
-    return int(np.prod(buffer.shape, dtype=np.int64)) * np.dtype(buffer.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from export.engines.prompted_classifier import (
     prompted_graph,
 )
 from export.exportable import example_inputs
+from export.portable_graph import portable_model
 from export.verify import ParityError
 from weaksam_rt.artifacts import load_artifact, write_manifest
 from weaksam_rt.backends.engines import open_engine
@@ -64,10 +65,10 @@ def definition(classifier, parameters):
 
 @pytest.fixture
 def engine(classifier, parameters, tmp_path, monkeypatch, stand_in):
-    """An artifact of the stand-in library, whose plan is the graph."""
+    """An artifact of the stand-in library, whose plan is the graph as TensorRT gets it."""
     trt = pytest.importorskip("tests.unit.export.stand_in_plugin_tensorrt")
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    graph = prompted_graph(onnx.load(classifier.path), parameters)
+    graph = portable_model(prompted_graph(onnx.load(classifier.path), parameters))
     (tmp_path / "model.plan").write_bytes(graph.SerializeToString())
     return write_manifest(
         tmp_path / "model.plan",
